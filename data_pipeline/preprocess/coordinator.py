@@ -25,17 +25,22 @@ from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.preprocess.engine import fit_engine
 from data_pipeline.preprocess.incremental_merge import GrowingShards
 from data_pipeline.preprocess.merge import ShardCutter, ShardPlan, ShardRecord, write_shard
-from data_pipeline.preprocess.plan import BuildPlan, open_sources, plan_build, request_sha256
+from data_pipeline.preprocess.plan import (
+    BuildPlan,
+    open_sources,
+    plan_build,
+    plugins_sha256,
+    request_sha256,
+)
 from data_pipeline.preprocess.pool import Pool, default_workers, local_pool
 from data_pipeline.preprocess.reader import Task
-from data_pipeline.preprocess.tokenizer_sample import sample_shares, training_texts
+from data_pipeline.preprocess.tokenizer_sample import sample_shares, train_tokenizer
 from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.preprocess.units import collect, followed, is_usable, judged
 from data_pipeline.preprocess.worker import (
     BANDS,
     DIGESTS,
     MARKS,
-    SAMPLE,
     Job,
     encode_unit,
     looks_for_duplicates,
@@ -63,8 +68,8 @@ from data_pipeline.tokenizer.configured import load_configured
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.errors import ConfigError, DataError
 from pretrain.core.files import only_writer, write_synced
-from pretrain.core.interrupts import interruptible
 from pretrain.core.progress import Stage
+from pretrain.core.registry import kind_name
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +111,19 @@ def build(
             speed, whose ids are right on a sample.
 
     Raises:
-        ConfigError: if other data is there and ``fresh`` is false.
+        ConfigError: if other data is there and ``fresh`` is false, and for a kind of a plugin that
+            does not do what its family asks for.
         DataError: for a source or a tokenizer that cannot be used, and for too many bad records.
         StorageError: if the disk is full.
         PeerLostError: if a worker was killed.
     """
+    if not isinstance(config.tokenizer, (ExistingTokenizer, TrainedTokenizer)):
+        kind = type(config.tokenizer)
+        raise ConfigError(
+            f"the tokenizer kind '{kind_name(kind)}' is neither loaded nor trained: make"
+            f" {kind.__module__}.{kind.__qualname__} a class below ExistingTokenizer or"
+            " TrainedTokenizer"
+        )
     given = None
     if isinstance(config.tokenizer, ExistingTokenizer):
         with Stage("loading the tokenizer", progress):
@@ -129,6 +142,9 @@ def build(
         with Stage("listing the input", progress):
             plan = plan_build(config, given, open_sources(config, output.staging))
         identity = {"request_sha256": plan.request_sha256, "inputs_sha256": plan.inputs_sha256}
+        # Only here, not in the request: finished data is reused whatever its plugins have become.
+        if (code := plugins_sha256(config)) is not None:
+            identity["plugins_sha256"] = code
         if read_json(output.staging / "identity.json") == identity and finish_publishing(
             output.staging, output
         ):
@@ -233,28 +249,12 @@ class Build:
         if len(numbers) == len(self.plan.units):
             self.task = replace(self.task, split=self._split_plan(records))
         trained = self.workspace / "trained.json"
-        if trained.exists():
-            return Tokenizer(trained.read_bytes(), "the trained tokenizer", config)
-        train = config.implementing_class()
-        size = sum(
-            (unit_folder(self.workspace, "samples", number) / SAMPLE).stat().st_size
-            for number in numbers
-        )
-        # The bar counts the bytes that are read; the merging of pairs comes after its end.
-        with Stage("training the tokenizer", self.progress, size, "B") as stage:
-            tokenizer: Tokenizer = interruptible(
-                lambda: train(
-                    training_texts(self.workspace, numbers, self.task.split, stage), config
-                )
-            )
-        if tokenizer.vocab_size < config.vocab_size:
-            logger.warning(
-                "the corpus gives a vocabulary of %d entries, not %d: it is too small for more",
-                tokenizer.vocab_size,
-                config.vocab_size,
-            )
-        write_synced(trained, tokenizer.content)
-        return tokenizer
+        if not trained.exists():
+            place = (self.workspace, numbers, self.task.split, self.progress)
+            write_synced(trained, train_tokenizer(config, *place).content)
+        # Also just after the training: the recipe says how documents begin and end, as it does for
+        # the workers and for a run that continues from here.
+        return Tokenizer(trained.read_bytes(), "the trained tokenizer", config)
 
     def _encode(self, growing: GrowingShards) -> list[UnitRecord]:
         """Encode all units so that no split is empty, and return their records."""

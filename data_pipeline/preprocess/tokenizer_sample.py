@@ -1,7 +1,8 @@
-"""The sample of the training split that a tokenizer is trained on."""
+"""The sample of the training split that a tokenizer is trained on, and the training."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from data_pipeline.preprocess.worker import SAMPLE, unit_folder
 from data_pipeline.shards.split import SplitPlan
 from data_pipeline.tokenizer.config import TrainedTokenizer
 from data_pipeline.tokenizer.patterns import cut_before_white_space
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.errors import ConfigError
+from pretrain.core.interrupts import interruptible
 from pretrain.core.progress import Stage
+
+logger = logging.getLogger(__name__)
 
 # A small source is read in full for its sample; of a large one, units that hold this many times
 # the sample suffice.
@@ -62,3 +67,25 @@ def training_texts(
                     if side == "train":
                         yield from cut_before_white_space(part)
                 stage.advance(len(line))
+
+
+def train_tokenizer(
+    config: TrainedTokenizer, workspace: Path, numbers: list[int], split: SplitPlan, progress: bool
+) -> Tokenizer:
+    """Train a tokenizer on the samples of the units with these numbers."""
+    train = config.implementing_class()
+    size = sum(
+        (unit_folder(workspace, "samples", number) / SAMPLE).stat().st_size for number in numbers
+    )
+    # The bar counts the bytes that are read; the merging of pairs comes after its end.
+    with Stage("training the tokenizer", progress, size, "B") as stage:
+        tokenizer: Tokenizer = interruptible(
+            lambda: train(training_texts(workspace, numbers, split, stage), config)
+        )
+    if tokenizer.vocab_size < config.vocab_size:
+        logger.warning(
+            "the corpus gives a vocabulary of %d entries, not %d: it is too small for more",
+            tokenizer.vocab_size,
+            config.vocab_size,
+        )
+    return tokenizer

@@ -101,8 +101,8 @@ class Workspace:
 
     Args:
         folder: the staging folder, as :func:`begin_staging` left it.
-        identity: what the pieces in it belong to; those of another input are removed, apart from
-            what was read from standard input.
+        identity: what the pieces in it belong to; those of another input, or made by other code of
+            a plugin, are removed, apart from what was read from standard input.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
@@ -110,7 +110,9 @@ class Workspace:
         found = read_json(folder / "identity.json")
         if found != identity:
             if found is not None:
-                logger.warning("an unfinished build of other input in %s is removed", folder)
+                logger.warning(
+                    "an unfinished build %s in %s is removed", _why(found, identity), folder
+                )
             for path in folder.iterdir():
                 if not path.name.startswith("input-"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -119,6 +121,12 @@ class Workspace:
         shutil.rmtree(folder / "attempts", ignore_errors=True)
         (folder / "attempts").mkdir()
         write_synced(folder / "identity.json", json.dumps(identity).encode())
+
+
+def _why(found: JsonObject, identity: dict[str, str]) -> str:
+    """Return what an unfinished build has that this one has not, for the log."""
+    code = {"plugins_sha256": identity.get("plugins_sha256")}
+    return "by other code of its plugins" if found | code == identity | code else "of other input"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import subprocess
 import sys
@@ -111,6 +112,42 @@ def test_an_example_works(name: str, text: str, after: str, tmp_path: Path) -> N
     (tmp_path / "my_parts").mkdir()
     (tmp_path / "my_parts" / f"{name}.py").write_text(text)
     run_script(CHECK, tmp_path, name, *SETTING.findall(after))
+
+
+READ_TOKENIZER = """
+import sys
+from my_parts.tokenizer import GzippedTokenizer
+from data_pipeline.tokenizer.configured import load_configured
+from pretrain.core.errors import DataError
+for path in sys.argv[1:]:
+    try:
+        load_configured(GzippedTokenizer(kind="gzipped", path=path))
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_the_example_of_a_tokenizer_reports_a_file_that_it_cannot_read(tmp_path: Path) -> None:
+    [text] = [text for name, text, _ in examples() if name == "tokenizer"]
+    (tmp_path / "my_parts").mkdir()
+    (tmp_path / "my_parts" / "tokenizer.py").write_text(text)
+    (tmp_path / "plain.json").write_text("{}")
+    content = gzip.compress(b"{}" * 100)
+    (tmp_path / "cut.gz").write_bytes(content[:-10])
+    (tmp_path / "damaged.gz").write_bytes(content[:12] + b"\xff\xff" + content[14:])
+    names = ["missing.gz", "plain.json", "cut.gz", "damaged.gz"]
+    done = subprocess.run(
+        [sys.executable, "-c", READ_TOKENIZER, *names],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    missing, *others = done.stdout.splitlines()
+    assert missing.endswith("give the path of a gzipped tokenizer.json")
+    assert len(others) == 3 and all("is no gzipped tokenizer.json: " in line for line in others)
 
 
 def test_every_kind_of_part_has_an_example() -> None:

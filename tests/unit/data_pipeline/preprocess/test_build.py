@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.indexed import IndexedReader
 from data_pipeline.shards.manifest import load_manifest, verify
 from data_pipeline.shards.split import SPLITS, position, text_digest
+from data_pipeline.sources.interface import Unit
+from data_pipeline.sources.jsonl import Jsonl
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.core.errors import ConfigError, DataError, StorageError
 
@@ -431,6 +434,65 @@ def test_finished_units_of_a_stopped_build_are_not_encoded_again(
     build(config, Output(work / "data"))
     assert min(encoded) == 5
     assert contents(work / "data") == contents(clean.folder)
+
+
+def test_a_build_without_plugins_is_known_by_request_and_input_alone(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = section(jsonl(work / "many.jsonl", DOCUMENTS), unit_bytes=1000)
+    stopped_after(5, monkeypatch, config, Output(work / "data"))
+    identity = json.loads((work / "data" / ".building" / "identity.json").read_text())
+    assert set(identity) == {"request_sha256", "inputs_sha256"}
+
+
+WRONG_UNITS: dict[str, tuple[Callable[[list[Unit]], Any], str]] = {
+    "no list": (lambda units: None, "None is among them, which is no Unit"),
+    "no units": (lambda units: ["many.jsonl"], "'many.jsonl' is among them"),
+    "another source": (
+        lambda units: [replace(unit, source="mine") for unit in units],
+        "names the source 'mine', not its own",
+    ),
+    "a text for the files": (
+        lambda units: [replace(unit, files=unit.files[0]) for unit in units],
+        "not a tuple of texts",
+    ),
+    "a unit twice": (lambda units: [*units, units[1]], "from 1000 on twice"),
+    "ranges that overlap": (
+        lambda units: [units[0], replace(units[1], start=990), *units[2:]],
+        "from 990 on twice",
+    ),
+    "a whole file and its end": (
+        lambda units: [replace(units[0], end=None), units[-1]],
+        "many.jsonl from ",
+    ),
+    "a range twice without a file": (
+        lambda units: [replace(unit, files=()) for unit in (units[0], units[0])],
+        "the part from 0 on twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_UNITS)
+def test_units_that_cannot_be_used_are_refused(
+    work: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    config = section(jsonl(work / "many.jsonl", DOCUMENTS), unit_bytes=1000)
+    change, expected = WRONG_UNITS[case]
+    original = Jsonl.units
+    monkeypatch.setattr(Jsonl, "units", lambda self, size: change(original(self, size)))
+    with pytest.raises(ConfigError, match="source 'all', of kind 'jsonl', cannot be used") as error:
+        build(config, Output(work / "data"))
+    assert expected in str(error.value)
+    assert "correct units() of data_pipeline.sources.jsonl.Jsonl" in str(error.value)
+
+
+def test_units_may_be_yielded(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = section(jsonl(work / "many.jsonl", DOCUMENTS), unit_bytes=1000)
+    build(config, Output(work / "listed"))
+    original = Jsonl.units
+    monkeypatch.setattr(Jsonl, "units", lambda self, size: iter(original(self, size)))
+    build(config, Output(work / "data"))
+    assert contents(work / "data") == contents(work / "listed")
 
 
 def test_units_written_before_a_restart_of_the_machine_are_checked(
