@@ -16,6 +16,7 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.preprocess.bad_share import BadShares
 from data_pipeline.preprocess.coordinator import BuildResult, build
+from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.preprocess.workspace import Output
 from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.training import train_bpe
@@ -214,14 +215,25 @@ def test_what_is_held_out_of_a_stream_is_judged_too(
         )
 
 
-def unit_record(source: str, records: int, bad: int, bad_bytes: int) -> dict[str, Any]:
-    return {
-        "source": source,
-        "records": records,
-        "bad": {"invalid_json": bad},
-        "bad_bytes": bad_bytes,
-        "bad_examples": {},
-    }
+def unit_record(source: str, records: int, bad: int, bad_bytes: int) -> UnitRecord:
+    return UnitRecord(
+        unit=0,
+        source=source,
+        lines=records,
+        records=records,
+        documents=records - bad,
+        hashed=0,
+        checksum="",
+        lowest=None,
+        highest=None,
+        bad={"invalid_json": bad},
+        left_out={},
+        dropped={},
+        edits={},
+        notes={},
+        bad_bytes=bad_bytes,
+        bad_examples={},
+    )
 
 
 def test_what_can_not_be_made_good_any_more_stops_at_once_and_a_share_only_at_the_end() -> None:
