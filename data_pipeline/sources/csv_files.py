@@ -57,6 +57,8 @@ class Csv(Source[CsvSource]):
         longest = self.context.max_record_bytes
         csv.field_size_limit(max(csv.field_size_limit(), longest))
         self.lines_read = 0
+        # Listing the units has looked at the first rows, and noted what is in them.
+        self.notes.clear()
         with open_stream(path, self.config.encoding) as content:
             stream = Peekable(content)
             feed = _Feed(read_lines(with_line_feeds(stream), 0, None, longest), longest)

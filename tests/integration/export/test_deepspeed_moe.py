@@ -147,7 +147,10 @@ def dangerous(folder: Path) -> None:
                 " does not have"
             ),
         ),
-        (doubled, "stands in layer_0_expert_0_mp_rank_00_model_states.pt and in layer_1_expert_2"),
+        (
+            doubled,
+            "is both in layer_0_expert_0_mp_rank_00_model_states.pt and in layer_1_expert_2",
+        ),
         (cut, "layer_0_expert_1_mp_rank_00_model_states.pt cannot be read"),
         (dangerous, "without running code"),
         (all_layers_in_one, "beside each other"),

@@ -124,7 +124,8 @@ def test_a_value_over_lines_that_look_like_rows_is_noted(tmp_path: Path) -> None
             SECTION.validate_python(section(write(tmp_path / "a.csv", content), **fields)),
             ReadContext("all"),
         )
-        assert [len(list(source.read(unit))) for unit in source.units(1 << 20)]
+        (unit,) = source.units(1 << 20)
+        assert list(source.read(unit))
         return dict(source.notes)
 
     rows = [f"{number},text of {number}" for number in range(40)]
