@@ -16,8 +16,8 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make quickstart      corpus, shards, pretraining, evaluation, export, text; 9 to 15 minutes on 2 cores"
 	@echo "make lint            ruff and mypy"
-	@echo "make test-unit       tests of one process, under 5 minutes on 2 cores"
-	@echo "make test            lint, then the tests of one process and of real runs, under 25 minutes on 2 cores"
+	@echo "make test-unit       tests of one process, minutes on 2 cores"
+	@echo "make test            lint, then the tests of one process and of real runs, about half an hour on 2 cores"
 	@echo "make test-full       lint, then all tests with the long matrices, hours"
 	@echo "make benchmark       tokens/s of two ranks against one plain process, paired"
 	@echo "make bench-data      data pipeline and loader against Megatron's, with the cost of each stage"

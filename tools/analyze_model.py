@@ -20,7 +20,8 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.core.errors import ConfigError, StorageError, run_command
+from pretrain.core.errors import ConfigError, run_command
+from pretrain.core.figures import save_figure
 from pretrain.core.shipped import recipe_names
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
@@ -241,22 +242,9 @@ def plot(result: Analysis, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot make the folder of {path}: {error.strerror}; choose another --plot path"
-        ) from None
     figure, axes = pyplot.subplots(figsize=(9, 7), layout="constrained")
     draw(axes, result, shipped_points())
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
-        ) from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def draw(axes: Any, result: Analysis, points: dict[str, tuple[int, int]]) -> None:

@@ -33,7 +33,8 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_recipe
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
-from pretrain.core.errors import ConfigError, StorageError, run_command
+from pretrain.core.errors import ConfigError, run_command
+from pretrain.core.figures import save_figure
 
 EXAMPLES = """\
   python tools/coordinate_check.py --recipe quickstart --growing head_dim --plot coordinates.png
@@ -215,15 +216,7 @@ def plot(result: CoordinateCheck, path: Path) -> None:
     for panel in axes[1]:
         panel.set_xlabel("hidden_size")
     axes[0][0].legend(fontsize=7)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
-        ) from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def main() -> None:

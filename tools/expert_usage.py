@@ -35,7 +35,8 @@ from pretrain.analysis.expert_usage import (
 )
 from pretrain.config.recipe import LoggingConfig
 from pretrain.core.cli import add_json_option, command_parser, write_json
-from pretrain.core.errors import ConfigError, StorageError, run_command
+from pretrain.core.errors import ConfigError, run_command
+from pretrain.core.figures import save_figure
 
 EXAMPLES = """\
   python tools/expert_usage.py runs/quickstart
@@ -209,15 +210,7 @@ def plot(window: UsageWindow, hot_factor: float, path: Path) -> None:
     draw_histogram(histogram, window, hot_factor, colours)
     draw_lorenz(lorenz, window, colours)
     figure.colorbar(draw_heat_map(heat, window, hot_factor), ax=heat, label="log2(1 + load)")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot write {path}: {error}; choose another --plot path, ending in .png"
-        ) from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def draw_histogram(panel: Any, window: UsageWindow, hot_factor: float, colours: Any) -> None:

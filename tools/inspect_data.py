@@ -8,6 +8,7 @@ import argparse
 import random
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
@@ -29,6 +30,7 @@ from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import run_command
+from pretrain.core.figures import save_figure
 from pretrain.core.progress import Stage
 
 EXAMPLES = """\
@@ -71,7 +73,9 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="read every document and count those that repeat an earlier one",
     )
-    parser.add_argument("--histogram", metavar="PNG", help="also draw the lengths into a picture")
+    parser.add_argument(
+        "--histogram", type=Path, metavar="PNG", help="also draw the lengths into a picture"
+    )
     add_json_option(parser)
     return parser.parse_args()
 
@@ -131,7 +135,7 @@ def print_lengths(console: Console, lengths: LengthStatistics) -> None:
             console.print(f"{low + 1:>12,} - {high:<12,} {bar} {count:,}", highlight=False)
 
 
-def draw_lengths(lengths: LengthStatistics, title: str, path: str) -> None:
+def draw_lengths(lengths: LengthStatistics, title: str, path: Path) -> None:
     """Draw a histogram of the documents' lengths."""
     import matplotlib
 
@@ -143,8 +147,7 @@ def draw_lengths(lengths: LengthStatistics, title: str, path: str) -> None:
     axes.set(title=title, xlabel="tokens a document, up to", ylabel="documents")
     axes.tick_params(axis="x", rotation=60)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path, option="--histogram")
 
 
 def print_duplicates(console: Console, found: Duplicates) -> None:

@@ -64,12 +64,11 @@ from data_pipeline.shards.indexed import token_dtype
 from data_pipeline.shards.manifest import Manifest, load_manifest, verify
 from data_pipeline.shards.split import SPLITS, SplitPlan, plan_split
 from data_pipeline.tokenizer.config import ExistingTokenizer, TrainedTokenizer
-from data_pipeline.tokenizer.configured import load_configured
+from data_pipeline.tokenizer.configured import check_kind, load_configured
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.errors import ConfigError, DataError
 from pretrain.core.files import only_writer, write_synced
 from pretrain.core.progress import Stage
-from pretrain.core.registry import kind_name
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +116,7 @@ def build(
         StorageError: if the disk is full.
         PeerLostError: if a worker was killed.
     """
-    if not isinstance(config.tokenizer, (ExistingTokenizer, TrainedTokenizer)):
-        kind = type(config.tokenizer)
-        raise ConfigError(
-            f"the tokenizer kind '{kind_name(kind)}' is neither loaded nor trained: make"
-            f" {kind.__module__}.{kind.__qualname__} a class below ExistingTokenizer or"
-            " TrainedTokenizer"
-        )
+    check_kind(config.tokenizer)
     given = None
     if isinstance(config.tokenizer, ExistingTokenizer):
         with Stage("loading the tokenizer", progress):
@@ -250,8 +243,10 @@ class Build:
             self.task = replace(self.task, split=self._split_plan(records))
         trained = self.workspace / "trained.json"
         if not trained.exists():
-            place = (self.workspace, numbers, self.task.split, self.progress)
-            write_synced(trained, train_tokenizer(config, *place).content)
+            tokenizer = train_tokenizer(
+                config, self.workspace, numbers, self.task.split, progress=self.progress
+            )
+            write_synced(trained, tokenizer.content)
         # Also just after the training: the recipe says how documents begin and end, as it does for
         # the workers and for a run that continues from here.
         return Tokenizer(trained.read_bytes(), "the trained tokenizer", config)

@@ -70,7 +70,12 @@ def training_texts(
 
 
 def train_tokenizer(
-    config: TrainedTokenizer, workspace: Path, numbers: list[int], split: SplitPlan, progress: bool
+    config: TrainedTokenizer,
+    workspace: Path,
+    numbers: list[int],
+    split: SplitPlan,
+    *,
+    progress: bool,
 ) -> Tokenizer:
     """Train a tokenizer on the samples of the units with these numbers."""
     train = config.implementing_class()

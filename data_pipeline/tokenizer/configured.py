@@ -9,13 +9,31 @@ from data_pipeline.tokenizer.config import (
     MistralFile,
     SentencePieceFile,
     TiktokenFile,
+    TokenizerConfig,
     TokenizerFile,
+    TrainedTokenizer,
 )
 from data_pipeline.tokenizer.mistral import convert_mistral
 from data_pipeline.tokenizer.sentencepiece_model import convert_sentencepiece
 from data_pipeline.tokenizer.tiktoken_ranks import convert_tiktoken
 from data_pipeline.tokenizer.tokenizer import Tokenizer, read_file
 from pretrain.core.errors import ConfigError
+from pretrain.core.registry import kind_name
+
+
+def check_kind(config: TokenizerConfig) -> None:
+    """Refuse a plugin's kind that is neither read from a file nor trained.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if not isinstance(config, (ExistingTokenizer, TrainedTokenizer)):
+        kind = type(config)
+        raise ConfigError(
+            f"the tokenizer kind '{kind_name(kind)}' is neither loaded nor trained: make"
+            f" {kind.__module__}.{kind.__qualname__} a class below ExistingTokenizer or"
+            " TrainedTokenizer"
+        )
 
 
 def load_configured(config: ExistingTokenizer) -> Tokenizer:

@@ -195,3 +195,10 @@ def test_the_tool_prints_tables_documents_and_a_picture(built: BuildResult, tmp_
         and content["lengths"]["documents"] == built.manifest.splits["train"].documents
     )
     assert run("inspect_data.py", str(tmp_path / "nowhere")).returncode == 3
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(built: BuildResult) -> None:
+    result = run("inspect_data.py", str(built.folder), "--histogram", "/proc/none/lengths.png")
+    assert result.returncode == 5
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot write /proc/none/lengths.png") and "--histogram" in last

@@ -9,7 +9,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -184,15 +184,27 @@ def changed(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     return config
 
 
+class Export(NamedTuple):
+    """A model, what its export holds, and the logits that it gives for some tokens."""
+
+    model: DecoderLM
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    ids_BS: torch.Tensor
+    logits: torch.Tensor
+
+
+def exported_model(name: str) -> Export:
+    model = telling_model(name)
+    config = Custom().config(model.config, 0)
+    tensors = their_tensors(model)
+    ids_BS = prompts_of(recipe_of("position=rope"))["ids"]
+    return Export(model, config, tensors, ids_BS, their_logits(config, tensors, ids_BS))
+
+
 @telling
 def test_whatever_config_json_says_changes_the_logits_or_is_refused(name: str) -> None:
-    model = telling_model(name)
-    config, tensors, ids_BS = (
-        Custom().config(model.config, 0),
-        their_tensors(model),
-        prompts_of(recipe_of("position=rope"))["ids"],
-    )
-    right = their_logits(config, tensors, ids_BS)
+    model, config, tensors, ids_BS, right = exported_model(name)
     with torch.inference_mode():
         torch.testing.assert_close(right, model.logits(ids_BS), atol=5e-5, rtol=0)
     unread = []
@@ -219,13 +231,7 @@ def test_whatever_config_json_says_changes_the_logits_or_is_refused(name: str) -
 
 @telling
 def test_every_tensor_of_an_export_changes_the_logits(name: str) -> None:
-    model = telling_model(name)
-    config, tensors, ids_BS = (
-        Custom().config(model.config, 0),
-        their_tensors(model),
-        prompts_of(recipe_of("position=rope"))["ids"],
-    )
-    right = their_logits(config, tensors, ids_BS)
+    _, config, tensors, ids_BS, right = exported_model(name)
     for tensor_name, tensor in tensors.items():
         generator = torch.Generator().manual_seed(2)
         wrong = their_logits(

@@ -84,7 +84,8 @@ else:
 """
 
 
-def run_script(script: str, folder: Path, *arguments: str) -> None:
+def run_script(script: str, folder: Path, *arguments: str | Path) -> str:
+    """Run a script that finds the package in ``folder``, and return what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=ROOT,
@@ -94,6 +95,7 @@ def run_script(script: str, folder: Path, *arguments: str) -> None:
         timeout=180,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_parameter_of_a_plugin_keeps_its_initial_value_and_is_counted(tmp_path: Path) -> None:
@@ -136,16 +138,8 @@ def test_the_example_of_a_tokenizer_reports_a_file_that_it_cannot_read(tmp_path:
     (tmp_path / "cut.gz").write_bytes(content[:-10])
     (tmp_path / "damaged.gz").write_bytes(content[:12] + b"\xff\xff" + content[14:])
     names = ["missing.gz", "plain.json", "cut.gz", "damaged.gz"]
-    done = subprocess.run(
-        [sys.executable, "-c", READ_TOKENIZER, *names],
-        cwd=tmp_path,
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    missing, *others = done.stdout.splitlines()
+    printed = run_script(READ_TOKENIZER, tmp_path, *(tmp_path / name for name in names))
+    missing, *others = printed.splitlines()
     assert missing.endswith("give the path of a gzipped tokenizer.json")
     assert len(others) == 3 and all("is no gzipped tokenizer.json: " in line for line in others)
 

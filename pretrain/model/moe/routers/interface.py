@@ -76,8 +76,11 @@ class Router(Section):
         return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
     def noisy_logits(self, logits_TE: Tensor, noise_TE: Tensor) -> Tensor:
-        """The logits of a training step, from the clean ones and the noise matrix' product."""
-        raise NotImplementedError
+        """The logits of a training step, from the clean ones and the noise matrix' product.
+
+        Only called for a kind with ``learned_noise``, which must define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has learned_noise, but no noisy_logits")
 
     def weights(self, scores_TK: Tensor) -> Tensor:
         """The weights of the chosen experts' outputs, from their scores."""
