@@ -24,7 +24,7 @@ from data_pipeline.shards.datasets import data_folders, load_datasets
 from pretrain.analysis.coordinates import KINDS, Kind, PlainTraining, recipe_at, with_vocabulary
 from pretrain.config.load import load_recipe
 from pretrain.config.loader_plan import loader_plan
-from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.cli import add_json_option, add_set_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
 
 EXAMPLES = """\
@@ -193,14 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="runs at a time, a core each"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="of the recipe at its base; may be repeated",
-    )
+    add_set_option(parser, "of the recipe at its base; may be repeated")
     add_json_option(parser)
     options = parser.parse_args()
     widths = sorted(set(options.widths))

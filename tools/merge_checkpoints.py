@@ -16,7 +16,7 @@ startup.prepare()  # before the slow imports
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.cli import add_json_option, add_set_option, command_parser, write_json
 from pretrain.core.errors import run_command
 from pretrain.merging import commands
 from pretrain.merging.options import add_scoring_options, scoring_of
@@ -148,7 +148,7 @@ def _add_mixture(jobs: JobParsers) -> None:
         help="of the new routers (default: the recipe's initializer_range)",
     )
     experts.add_argument("--seed", type=int, default=0, help="of the new routers (default: 0)")
-    _add_overrides(experts)
+    add_set_option(experts, SET_HELP)
 
 
 def _add_reductions(jobs: JobParsers) -> None:
@@ -170,13 +170,7 @@ def _add_reductions(jobs: JobParsers) -> None:
             metavar="N",
             help="experts that each layer has afterwards",
         )
-        _add_overrides(parser)
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=SET_HELP
-    )
+        add_set_option(parser, SET_HELP)
 
 
 def merge(options: argparse.Namespace) -> commands.MergeResult:

@@ -35,7 +35,13 @@ from pretrain.config.load import (
 )
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
-from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.cli import (
+    add_json_option,
+    add_recipe_option,
+    add_set_option,
+    command_parser,
+    write_json,
+)
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.files import JsonObject
 from pretrain.core.plugins import plugin_arguments
@@ -77,23 +83,14 @@ OF_INPUT = ("format", "dataset_config", "dataset_split", *SOURCE_OPTIONS)
 def parse_arguments() -> argparse.Namespace:
     """Return the command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME|PATH",
-        help="build the data section of this recipe (default: the defaults of every field)",
+    add_recipe_option(
+        parser, help="build the data section of this recipe (default: the defaults of every field)"
     )
     _add_input_options(parser)
     _add_import_options(parser)
     _add_tokenizer_options(parser)
     _add_output_options(parser)
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="override any recipe field; may be repeated",
-    )
+    add_set_option(parser)
     add_json_option(parser)
     return parser.parse_args()
 

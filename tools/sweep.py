@@ -12,7 +12,7 @@ from pretrain.core import startup  # not found? Run `pip install -e .` in the ch
 
 startup.prepare()  # before the slow imports
 
-from pretrain.core.cli import command_parser
+from pretrain.core.cli import add_recipe_option, command_parser
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.sweeps.axes import parse_axis_option, read_axes_file
 from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
@@ -39,10 +39,8 @@ SEARCHES = ("grid", "random", "tpe")
 def parse_arguments() -> argparse.Namespace:
     """The command's options."""
     parser = command_parser(__doc__ or "", EXAMPLES)
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME|PATH",
-        help="what is varied: a file in pretrain/recipes/ without .yaml, or a path",
+    add_recipe_option(
+        parser, help="what is varied: a file in pretrain/recipes/ without .yaml, or a path"
     )
     parser.add_argument(
         "--axis",

@@ -21,7 +21,7 @@ from pretrain.checkpoint.layout import TOKENIZER, read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.recipe import Recipe
-from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.cli import add_json_option, add_set_option, command_parser, write_json
 from pretrain.core.errors import CheckpointError, ConfigError, run_command
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import LAUNCHERS, shown
@@ -120,14 +120,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="share of each expert's hidden units that is drawn anew",
     )
     parser.add_argument("--seed", type=int, default=0, help="of routers and noise (default: 0)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="any field of the new recipe, such as model.layer_pattern.kind",
-    )
+    add_set_option(parser, "any field of the new recipe, such as model.layer_pattern.kind")
     add_scoring_options(parser)
     add_json_option(parser)
     return parser.parse_args(arguments)

@@ -49,22 +49,36 @@ def complete_recipe(prefix: str, **_: Any) -> list[str]:
 
 def add_recipe_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Add ``--recipe`` and ``--set``."""
-    recipe = parser.add_argument(
-        "--recipe",
+    add_recipe_option(
+        parser,
         default=default,
         required=default is None,
-        metavar="NAME|PATH",
         help="a file in pretrain/recipes/ without .yaml, or a path",
+    )
+    add_set_option(parser)
+
+
+def add_recipe_option(
+    parser: argparse.ArgumentParser,
+    *,
+    help: str,
+    default: str | None = None,
+    required: bool = False,
+) -> None:
+    """Add ``--recipe`` alone, which the shell completes."""
+    recipe = parser.add_argument(
+        "--recipe", default=default, required=required, metavar="NAME|PATH", help=help
     )
     # argcomplete looks for this attribute.
     recipe.completer = complete_recipe  # type: ignore[attr-defined]
+
+
+def add_set_option(
+    parser: argparse.ArgumentParser, help: str = "override any recipe field; may be repeated"
+) -> None:
+    """Add ``--set``, whose values are in ``overrides``."""
     parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="override any recipe field; may be repeated",
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=C", help=help
     )
 
 

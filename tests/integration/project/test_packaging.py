@@ -230,8 +230,10 @@ def test_the_main_job_runs_from_an_empty_folder(installed: Installed) -> None:
     installed.run("moe-generate", "--model", latest, "--prompt", "def ", "--max-new-tokens", "4")
 
 
-def test_a_shell_completes_recipes(installed: Installed) -> None:
-    line, answer = "moe-analyze --recipe quickstart_w", installed.folder / "completions"
+@pytest.mark.parametrize("command", ["moe-analyze", "moe-preprocess", "moe-sweep"])
+def test_a_shell_completes_recipes(installed: Installed, command: str) -> None:
+    line = f"{command} --recipe quickstart_w"
+    answer = installed.folder / f"{command}_completions"
     asked = {
         "_ARGCOMPLETE": "1",
         "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
@@ -239,7 +241,7 @@ def test_a_shell_completes_recipes(installed: Installed) -> None:
         "COMP_LINE": line,
         "COMP_POINT": str(len(line)),
     }
-    installed.run("moe-analyze", **asked)
+    installed.run(command, **asked)
     assert set(answer.read_text().split()) == {"quickstart_wsd", "quickstart_wsd_decay"}
 
 
