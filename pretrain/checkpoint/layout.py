@@ -9,11 +9,9 @@ checkpoints/
     tokenizer.json
     tokenizer_config.json ...             of an imported model: tokenizer_files.py
     README.md                             the model card
-    weights-dense.safetensors             fp32 master weights, readable without DeepSpeed
-    weights-experts-00000-of-00002.safetensors ...
-    deepspeed/                            DeepSpeed's files: optimizer state, for the same topology
-    rows/rank_00000.safetensors ...       optimizer state of expert tables, if there are any (PEER)
-    random/rank_00000.pt ...              random state of every rank, and its steps that are in no
+    weights-00000-of-00002.safetensors    fp32 weights, each element in one of the ranks' files
+    optimizer-00000-of-00002.safetensors  moments and step counts: optimizer_state.py
+    rank-00000-of-00002.safetensors       random state of a rank, and its steps that are in no
                                           metrics record yet
     manifest.json                         size and sha256 of every file above; written last
 """
@@ -42,9 +40,6 @@ RECIPE = "recipe.yaml"
 DS_CONFIG = "ds_config.json"
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
-DEEPSPEED_TAG = "deepspeed"
-RANDOM_FOLDER = "random"
-ROWS_FOLDER = "rows"
 STEP_NAME = re.compile(r"^step_(\d+)$")
 POINTER_NAME = re.compile(rf"^({LATEST}|{BEST}|{EPOCH}\d+)$")
 # A pointer holds one short name: a larger file is something else, and is not read.
@@ -67,11 +62,6 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """Return the step of a folder that is named as a checkpoint is."""
     return int(STEP_NAME.match(folder.name)[1])  # type: ignore[index]
-
-
-def rank_file(folder: Path, rank: int, suffix: str) -> Path:
-    """Return a rank's file in one of a checkpoint's folders."""
-    return folder / f"rank_{rank:05d}.{suffix}"
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:

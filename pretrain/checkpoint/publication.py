@@ -13,14 +13,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.saving import SavingRanks
 from pretrain.core.errors import StorageError
-from pretrain.core.files import fsync_path
+from pretrain.core.files import fsync_path, make_folder
 from pretrain.engine.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-# A new checkpoint needs as much space as the newest one, and a little for what has grown.
-SPACE_MARGIN = 1.1
+# Of the tensors' bytes: headers, recipe, tokenizer and model card are small beside them.
+SPACE_MARGIN = 1.02
+SMALL_FILES_BYTES = 20_000_000
 
 
 def first_fault(folder: Path, topology: Topology) -> str | None:
@@ -35,44 +37,43 @@ def first_fault(folder: Path, topology: Topology) -> str | None:
 class CheckpointFolder:
     """The folder of a run's checkpoints, on storage that all ranks share."""
 
-    def __init__(self, path: Path, topology: Topology) -> None:
+    def __init__(self, path: Path, ranks: SavingRanks) -> None:
         self.path = path
-        self.topology = topology
+        self.ranks = ranks
 
-    def prepare(self, target: Path) -> Path:
+    def prepare(self, target: Path, bytes_to_write: int) -> Path:
         """Make an empty temporary folder for ``target``, and check the free space.
 
         Every rank must call it, and gets the folder.
+
+        Args:
+            bytes_to_write: of this rank's tensors.
 
         Raises:
             StorageError: if it cannot be made or the disk is too full; on every rank.
         """
         temporary = target.with_name(f".{target.name}.tmp")
+        needed = sum(self.ranks.all_gather(bytes_to_write))
         problem = ""
-        if self.topology.is_main:
+        if self.ranks.is_main:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                problem = self._shortage()
+                make_folder(temporary)
+                problem = self._shortage(int(SPACE_MARGIN * needed) + SMALL_FILES_BYTES)
             except OSError as error:
                 problem = f"cannot make {temporary}: {error.strerror}"
         # Also the barrier behind which the others may write into the folder.
-        problem = self.topology.all_gather(problem)[0]
+        problem = self.ranks.all_gather(problem)[0]
         if problem:
-            if self.topology.is_main:
+            if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise StorageError(
                 f"{problem}; free space or set another run_path, then run the same command"
             )
         return temporary
 
-    def _shortage(self) -> str:
-        """Return a sentence if the disk is too full for a checkpoint like the newest one."""
-        existing = layout.complete_checkpoints(self.path)
-        if not existing:
-            return ""
-        newest_bytes = sum(path.stat().st_size for path in layout.payload_files(existing[0]))
-        needed = int(SPACE_MARGIN * newest_bytes)
+    def _shortage(self, needed: int) -> str:
+        """Return a sentence if the disk is too full for ``needed`` bytes."""
         free = shutil.disk_usage(self.path).free
         if free >= needed:
             return ""
@@ -81,26 +82,16 @@ class CheckpointFolder:
             f"{self.path} has {free / 1e6:.0f} MB"
         )
 
-    def publish(self, temporary: Path, target: Path) -> None:
-        """Sync all files, write the manifest, give the folder its name, move ``latest``.
+    def publish(self, temporary: Path, target: Path, files: Mapping[str, layout.FileEntry]) -> None:
+        """Write the manifest, give the folder its name, move ``latest``; rank 0 does.
 
-        The ranks share hashing and syncing. Every rank must call it.
+        Args:
+            files: all of them, written and synced.
         """
-        topology = self.topology
-        entries: dict[str, layout.FileEntry] = {}
-        # Every rank lists the same files in the same order, and takes each world_size-th of them.
-        for path in layout.payload_files(temporary)[topology.rank :: topology.world_size]:
-            fsync_path(path)
-            entries[path.relative_to(temporary).as_posix()] = layout.file_entry(path)
-        shares = topology.all_gather(entries)
-        if not topology.is_main:
-            return
-        files = {name: entry for share in shares for name, entry in sorted(share.items())}
         manifest = layout.write_manifest(temporary, files)
-        # The content and the names inside every folder must be on disk before the rename is: a
-        # file system may write the rename first.
-        folders = [child for child in temporary.iterdir() if child.is_dir()]
-        for path in (manifest, *folders, temporary):
+        # The content and the names inside the folder must be on disk before the rename is: a file
+        # system may write the rename first.
+        for path in (manifest, temporary):
             fsync_path(path)
         # A folder that is not empty cannot be replaced. It is there if the run began before a
         # damaged checkpoint of the same step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import NotRequired, TypedDict
 
@@ -11,10 +12,10 @@ from torch import Tensor
 
 
 class RandomState(TypedDict):
-    """The state of every generator, in types that ``torch.load(weights_only=True)`` accepts."""
+    """The state of every generator, in types that a rank's file holds."""
 
-    python: tuple[object, ...]
-    numpy: tuple[str, Tensor, int, int, float]
+    python: list[object]
+    numpy: list[object]
     torch: Tensor
     cuda: NotRequired[Tensor]
 
@@ -23,12 +24,9 @@ def random_state() -> RandomState:
     """Return the state of every random generator of this process."""
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     assert isinstance(keys, numpy.ndarray)
-    # The restricted loader refuses numpy arrays, and torch cannot save uint32 everywhere: int64
-    # holds every key.
-    stored_keys = torch.from_numpy(keys.astype(numpy.int64))
     state: RandomState = {
-        "python": random.getstate(),
-        "numpy": (str(name), stored_keys, int(position), int(has_gauss), float(cached)),
+        "python": list(random.getstate()),
+        "numpy": [str(name), keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -38,9 +36,25 @@ def random_state() -> RandomState:
 
 def restore_random_state(state: RandomState) -> None:
     """Set every generator to a saved state; that of a GPU only if both processes have one."""
-    random.setstate(state["python"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))  # type: ignore[arg-type]
     name, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), position, has_gauss, cached))
+    numpy.random.set_state(
+        (name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached)  # type: ignore[arg-type]
+    )
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def derive_random_state(seed: int, step: int, rank: int) -> None:
+    """Set every generator of a rank of which a checkpoint knows nothing.
+
+    Two ranks, or one rank at two steps, never draw the same numbers.
+    """
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    derived = int.from_bytes(digest[:8], "little")
+    random.seed(derived)
+    numpy.random.seed(derived % 2**32)
+    # Those of all devices.
+    torch.manual_seed(derived % 2**63)

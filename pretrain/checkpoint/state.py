@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: ``state.json``, and each rank's part of ``random/``.
+"""What a checkpoint says of its run: ``state.json``, and each rank's file.
 
 The classes are the files' shape and decode to plain dictionaries. A file of an earlier version, or
 one of weights without a run, lacks keys: so none but ``step`` may be taken for granted.
@@ -12,6 +12,7 @@ from pretrain.core.files import JsonObject
 
 if TYPE_CHECKING:
     # Reading a checkpoint imports no engine.
+    from pretrain.engine.engine import EngineCounts
     from pretrain.engine.pending import SavedStep
 
 
@@ -60,6 +61,8 @@ class CheckpointState(TypedDict):
         progress: :class:`pretrain.guards.progress.Progress`.
         data: where the loader is; empty for weights without a run.
         guards: what the guards remember.
+        engine: what the engine counts; none for weights without a run.
+        saved_at: seconds since 1970 (UTC).
     """
 
     step: int
@@ -72,6 +75,8 @@ class CheckpointState(TypedDict):
     progress: NotRequired[JsonObject]
     data: NotRequired[JsonObject]
     guards: NotRequired[JsonObject]
+    engine: NotRequired[EngineCounts]
+    saved_at: NotRequired[float]
     # Of the fingerprint; a TypedDict cannot inherit keys as optional ones.
     tokenizer_sha256: NotRequired[str | None]
     world_size: NotRequired[int]
@@ -83,7 +88,7 @@ class CheckpointState(TypedDict):
 
 
 class RankState(TypedDict, total=False):
-    """What one rank saves for itself, of plain types and tensors.
+    """What one rank saves for itself, in addition to its random state.
 
     Attributes:
         pending: steps that are in no metrics record yet.

@@ -1,7 +1,8 @@
 """Saves and loads a running engine.
 
 A checkpoint is written under a temporary name, checked, and published with one rename
-(``publication.py``).
+(``publication.py``). A copy of the engine's state is written in the background, so that training
+waits for the copy only.
 """
 
 from __future__ import annotations
@@ -9,28 +10,41 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.group_options import group_options, restore_group_options
+from pretrain.checkpoint.engine_state import (
+    Snapshot,
+    load_engine,
+    weight_tensors,
+    write_tensors,
+)
 from pretrain.checkpoint.model_card import model_card
+from pretrain.checkpoint.optimizer_state import Stored, optimizer_tensors
 from pretrain.checkpoint.publication import CheckpointFolder, first_fault
-from pretrain.checkpoint.random_state import random_state, restore_random_state
+from pretrain.checkpoint.random_state import (
+    derive_random_state,
+    random_state,
+    restore_random_state,
+)
+from pretrain.checkpoint.rank_file import read_rank_file, write_rank_file
+from pretrain.checkpoint.saving import SaveThread, SavingRanks
 from pretrain.checkpoint.state import CheckpointState, RankState
+from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.checkpoint.tokenizer_files import SideFiles, write_side_files
-from pretrain.checkpoint.weights import read_experts_part, write_weights
+from pretrain.checkpoint.validate import open_whole_weights
+from pretrain.checkpoint.weights import OPTIMIZER, RANK, WEIGHTS, file_of, files_of
 from pretrain.config.load import recipe_to_yaml
-from pretrain.core.errors import CheckpointError, StorageError, is_peer_loss
-from pretrain.core.files import JsonObject
+from pretrain.core.errors import CheckpointError, StorageError
+from pretrain.core.files import JsonObject, fsync_path
 from pretrain.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+TENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,15 +52,39 @@ class LoadedState:
     """What a checkpoint holds next to what was restored into the engine.
 
     Attributes:
-        rank_state: what this rank saved.
+        rank_states: what each rank saved; of this rank alone if there are as many ranks as then.
+        ranks: how many have saved.
     """
 
     state: CheckpointState
-    rank_state: RankState
+    rank_states: list[RankState]
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """All that a rank writes of a checkpoint.
+
+    Attributes:
+        rank_state: random state and what else is of this rank alone.
+        pointers: steps by the pointer that names them.
+    """
+
+    step: int
+    weights: list[Stored]
+    optimizer: list[Stored]
+    rank_state: JsonObject
+    state: CheckpointState
+    pointers: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors."""
+        return sum(stored.values.nbytes for stored in (*self.weights, *self.optimizer))
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Every rank must make it, and call each method alike.
 
     Args:
         folder: ``runs/<name>/checkpoints``, on storage that all ranks share.
@@ -54,6 +92,7 @@ class CheckpointStore:
 
     Attributes:
         side_files: what belongs to the tokenizer and is written into each checkpoint with it.
+        thread: writes what was saved last.
     """
 
     def __init__(
@@ -64,7 +103,11 @@ class CheckpointStore:
         self.ds_config = ds_config
         self.tokenizer = tokenizer
         self.side_files: SideFiles = {}
-        self._checkpoints = CheckpointFolder(folder, engine.topology)
+        self.thread = SaveThread()
+        self._ranks = SavingRanks(engine.topology)
+        self._checkpoints = CheckpointFolder(folder, self._ranks)
+        self._snapshots = Snapshot(), Snapshot()
+        self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def save(
         self,
@@ -72,91 +115,52 @@ class CheckpointStore:
         state: CheckpointState,
         pointers: Mapping[str, int] | None = None,
         rank_state: RankState | None = None,
+        background: bool = False,
     ) -> Path:
         """Publish ``step_<step>``, move ``latest`` to it, and remove old checkpoints.
 
-        Every rank must call it.
+        It first waits until the checkpoint before is published.
 
         Args:
             state: written to ``state.json``.
             pointers: steps by the pointer that names them; these checkpoints are kept in addition
                 to the newest ``checkpoint.keep_last``.
             rank_state: of this rank.
+            background: return as soon as the state is copied, and write it while training goes on.
 
         Raises:
-            StorageError: if space does not suffice or writing fails; older checkpoints are
-                untouched.
+            StorageError: if space does not suffice or writing fails, this time or in the background
+                the time before; older checkpoints are untouched.
         """
-        pointers = pointers or {}
-        topology = self.engine.topology
-        target = layout.step_folder(self.folder, step)
-        temporary = self._checkpoints.prepare(target)
-        try:
-            self._write_rank(temporary, rank_state or {})
-            # Collective. save_latest=False: DeepSpeed's "latest" would be written before the
-            # checkpoint is whole; layout.LATEST moves after the rename.
-            self.engine.deepspeed.save_checkpoint(
-                str(temporary), tag=layout.DEEPSPEED_TAG, save_latest=False
-            )
-            if topology.is_main:
-                self._write_shared(temporary, state)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # torch's writer reports a full disk as a RuntimeError, safetensors' as its own. The
-            # other ranks notice when this one is gone.
-            if is_peer_loss(error):
-                raise
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise StorageError(
-                f"cannot write the checkpoint of step {step} to {self.folder}: {_reason(error)}; "
-                "free space and run the same command"
-            ) from error
-        # Every file must be there before a rank lists them for its share of the manifest.
-        topology.barrier()
-        self._checkpoints.publish(temporary, target)
-        if topology.is_main:
-            self._checkpoints.point(pointers)
-            keep_last = self.engine.recipe.checkpoint.keep_last
-            self._checkpoints.remove_old(step, keep_last, set(pointers.values()))
-        topology.barrier()
-        return target
-
-    def _write_rank(self, folder: Path, rank_state: RankState) -> None:
-        """Write this rank's random state, weights and optimizer state of tables."""
+        self.thread.finish()
         engine = self.engine
-        rank = engine.topology.rank
-        # exist_ok: every rank makes the folder.
-        (folder / layout.RANDOM_FOLDER).mkdir(exist_ok=True)
-        torch.save(
-            {**random_state(), "own": rank_state},
-            layout.rank_file(folder / layout.RANDOM_FOLDER, rank, "pt"),
+        weights, optimizer = list(weight_tensors(engine)), list(optimizer_tensors(engine))
+        if background:
+            weights, optimizer = (
+                snapshot.take(tensors)
+                for snapshot, tensors in zip(self._snapshots, (weights, optimizer), strict=True)
+            )
+        content = Content(
+            step=step,
+            weights=weights,
+            optimizer=optimizer,
+            rank_state={"random": random_state(), "own": rank_state or {}},
+            state={**state, "engine": engine.counts(), "saved_at": time.time()},
+            pointers=pointers or {},
         )
-        tables = {}
-        if engine.sparse_optimizer is not None:
-            tables = {name: table.weight for name, table in engine.sparse_optimizer.tables.items()}
-        write_weights(
-            folder,
-            engine.model,
-            engine.masters.whole,
-            rank,
-            engine.expert_parts,
-            engine.recipe.model.total_experts,
-            tables,
-        )
-        self._write_tables(folder)
+        if background:
+            self.thread.start(lambda: self._write(content))
+        else:
+            self._write(content)
+        return layout.step_folder(self.folder, step)
 
-    def _write_shared(self, folder: Path, state: CheckpointState) -> None:
-        """Write what is the same for all ranks; rank 0 does."""
-        # DeepSpeed adds scripts that convert to fp32. They take expert files for model files.
-        for script in folder.glob("zero_to_*.py"):
-            script.unlink()
-        recipe = self.engine.recipe
-        (folder / layout.RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
-        ds_config = json.dumps(self.ds_config, indent=2)
-        (folder / layout.DS_CONFIG).write_text(ds_config, encoding="utf-8")
-        (folder / layout.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        shutil.copyfile(self.tokenizer, folder / layout.TOKENIZER)
-        write_side_files(self.side_files, folder)
-        (folder / layout.CARD).write_text(model_card(recipe, state), encoding="utf-8")
+    def finish(self) -> None:
+        """Wait until what was saved is published.
+
+        Raises:
+            StorageError: as :meth:`save`.
+        """
+        self.thread.finish()
 
     def go_back(self, step: int, parent: Path | None = None) -> Path | None:
         """Remove the checkpoints from step ``step`` on, and return the newest whole one before.
@@ -167,6 +171,7 @@ class CheckpointStore:
             parent: a checkpoint of another run, to go back to if this run has none and it is of a
                 step before ``step``.
         """
+        self.thread.finish()
         kept = self.newest(before=step)
         if kept is None and parent is not None and layout.read_state(parent)["step"] < step:
             kept = parent
@@ -215,79 +220,117 @@ class CheckpointStore:
             raise CheckpointError(f"{folder} is damaged: {fault}; choose another checkpoint")
         return folder
 
+    def _write(self, content: Content) -> None:
+        """Write and publish a checkpoint; the same end on every rank."""
+        target = layout.step_folder(self.folder, content.step)
+        temporary = self._checkpoints.prepare(target, content.bytes)
+        files: dict[str, layout.FileEntry] = {}
+        error: Exception | None = None
+        try:
+            files = self._write_files(temporary, content)
+        except Exception as caught:
+            error = caught
+        # Also the barrier behind which all files are there.
+        found = self._ranks.all_gather((files, None if error is None else _reason(error)))
+        reason = next((reason for _, reason in found if reason is not None), None)
+        if reason is None:
+            reason, error = self._publish(
+                temporary,
+                content,
+                {name: entry for files, _ in found for name, entry in files.items()},
+            )
+        if reason is None:
+            return
+        if self._ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        raise StorageError(
+            f"cannot write the checkpoint of step {content.step} to {self.folder}: {reason}; "
+            "free space and run the same command"
+        ) from error
+
+    def _write_files(self, folder: Path, content: Content) -> dict[str, layout.FileEntry]:
+        """Write and sync this rank's files, and return what the manifest says of them."""
+        rank, ranks = self._ranks.rank, self._ranks.world_size
+        files = {}
+        for kind, tensors in ((WEIGHTS, content.weights), (OPTIMIZER, content.optimizer)):
+            name = file_of(kind, rank, ranks)
+            files[name] = write_tensors(folder / name, tensors)
+        name = file_of(RANK, rank, ranks)
+        files[name] = write_rank_file(folder / name, content.rank_state)
+        if not self._ranks.is_main:
+            return files
+        recipe = self.engine.recipe
+        texts = {
+            layout.RECIPE: recipe_to_yaml(recipe),
+            layout.DS_CONFIG: json.dumps(self.ds_config, indent=2),
+            layout.STATE: json.dumps(content.state, indent=2),
+            layout.CARD: model_card(recipe, content.state),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        shutil.copyfile(self.tokenizer, folder / layout.TOKENIZER)
+        write_side_files(self.side_files, folder)
+        tensor_files = {path for path in folder.iterdir() if path.suffix == TENSORS}
+        for path in set(layout.payload_files(folder)) - tensor_files:
+            fsync_path(path)
+            files[path.relative_to(folder).as_posix()] = layout.file_entry(path)
+        return files
+
+    def _publish(
+        self, temporary: Path, content: Content, files: Mapping[str, layout.FileEntry]
+    ) -> tuple[str | None, Exception | None]:
+        """Let rank 0 publish; return what went wrong, on every rank, and the error on rank 0."""
+        error: Exception | None = None
+        if self._ranks.is_main:
+            target = layout.step_folder(self.folder, content.step)
+            try:
+                # Only headers are read: every element of every weight must be there, once.
+                open_whole_weights(temporary, self.engine.recipe.model)
+                self._checkpoints.publish(temporary, target, files)
+                self._checkpoints.point(content.pointers)
+                protected = {*content.pointers.values()}
+                config = self.engine.recipe.checkpoint
+                self._checkpoints.remove_old(content.step, config.keep_last, protected)
+            except Exception as caught:
+                error = caught
+        reason = self._ranks.all_gather(None if error is None else _reason(error))[0]
+        return reason, error
+
     def load(self, folder: Path) -> LoadedState:
-        """Restore weights, optimizer and random state from a checkpoint.
+        """Restore weights, optimizer and random state from a checkpoint of any topology.
 
         Every rank must call it.
 
         Raises:
-            CheckpointError: if DeepSpeed finds nothing in the folder.
+            CheckpointError: if files are missing or damaged.
         """
-        optimizer = self.engine.optimizer
-        options = group_options(optimizer.param_groups)
-        # The schedule is a function of the step here, so DeepSpeed has no state of one.
-        loaded, _ = self.engine.deepspeed.load_checkpoint(
-            str(folder), tag=layout.DEEPSPEED_TAG, load_lr_scheduler_states=False
-        )
-        if loaded is None:
-            raise CheckpointError(
-                f"DeepSpeed found nothing to load in {folder}: the checkpoint is damaged, "
-                "choose another or start over with --fresh"
-            )
-        # With the moments come the checkpoint's weight decay, betas and clipping, but those of the
-        # recipe must hold.
-        restore_group_options(optimizer.param_groups, options)
-        if hasattr(optimizer, "clip_grad"):
-            optimizer.clip_grad = self.engine.recipe.train.grad_clip
-        self._load_tables(folder)
-        # Last, because everything above may draw random values.
-        rank = self.engine.topology.rank
-        path = layout.rank_file(folder / layout.RANDOM_FOLDER, rank, "pt")
-        # weights_only: a checkpoint may come from somebody else, and a pickle may run anything.
-        content = torch.load(path, weights_only=True)
-        restore_random_state(content)
-        return LoadedState(layout.read_state(folder), content.get("own", {}))
-
-    def _write_tables(self, folder: Path) -> None:
-        """Write the optimizer state of expert tables, which DeepSpeed does not know.
-
-        Only rows that were ever used are in it.
-        """
-        sparse = self.engine.sparse_optimizer
-        if sparse is None:
-            return
-        (folder / layout.ROWS_FOLDER).mkdir(exist_ok=True)
-        tensors = {
-            f"{name}/{key}": value.cpu()
-            for name, table_state in sparse.states.items()
-            for key, value in table_state.state().items()
-        }
-        rank = self.engine.topology.rank
-        save_file(tensors, layout.rank_file(folder / layout.ROWS_FOLDER, rank, "safetensors"))
-
-    def _load_tables(self, folder: Path) -> None:
         engine = self.engine
-        sparse = engine.sparse_optimizer
-        if sparse is None:
-            return
-        weights = read_experts_part(folder, engine.expert_part, engine.expert_parts)
-        rank = engine.topology.rank
-        state = load_file(layout.rank_file(folder / layout.ROWS_FOLDER, rank, "safetensors"))
-        # In place: the optimizer and the layer hold the same tensor.
-        for name, table in sparse.tables.items():
-            table.weight.copy_(weights[name])
-            prefix = f"{name}/"
-            sparse.states[name].load(
-                {
-                    key.removeprefix(prefix): value
-                    for key, value in state.items()
-                    if key.startswith(prefix)
-                }
+        state = layout.read_state(folder)
+        if "engine" not in state:
+            raise CheckpointError(
+                f"{folder} has weights, but no optimizer state to continue with: start a run from "
+                f"it with initial_weights={folder}"
             )
+        optimizer = TensorReader(files_of(folder, OPTIMIZER))
+        load_engine(engine, open_whole_weights(folder, engine.recipe.model), optimizer)
+        engine.restore_counts(state["engine"])
+        files = files_of(folder, RANK)
+        rank = engine.topology.rank
+        # Last, because everything above may draw random values.
+        if rank < len(files):
+            own = read_rank_file(files[rank])
+            restore_random_state(own["random"])
+        else:
+            derive_random_state(engine.recipe.seed, state["step"], rank)
+        if len(files) == engine.topology.world_size:
+            return LoadedState(state, [own["own"]], len(files))
+        return LoadedState(state, [read_rank_file(path)["own"] for path in files], len(files))
 
 
 def _reason(error: Exception) -> str:
     """Return the cause of a failed write in one line."""
-    if isinstance(error, OSError):
-        return str(error.strerror)
-    return " ".join(str(error).split())[:200]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:300]

@@ -1,7 +1,13 @@
-"""Reads and writes safetensors files one tensor at a time, so that no file is whole in memory."""
+"""Reads and writes safetensors files one tensor at a time, so that no file is whole in memory.
+
+A file may hold a flat range of a tensor instead of all of it, as a rank of a distributed run does.
+Such a tensor has one dimension, and the header's ``ranges`` say where its values belong:
+``{name: [first element, shape of the whole tensor]}`` in row-major order.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +33,9 @@ FORMAT_NAMES = {
     torch.uint8: "U8",
 }
 _DTYPES = {name: dtype for dtype, name in FORMAT_NAMES.items()}
+RANGES = "ranges"
+# Of a header: a longer one is no file of ours, and the library refuses it too.
+LARGEST_HEADER_BYTES = 100_000_000
 
 
 class TensorForm(NamedTuple):
@@ -36,9 +45,21 @@ class TensorForm(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        """Number of values."""
+        return prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the values."""
-        return prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
+
+
+class Range(NamedTuple):
+    """Where a flat part of a tensor belongs: its first element in the whole tensor's ``shape``."""
+
+    start: int
+    shape: tuple[int, ...]
 
 
 class TensorFileWriter:
@@ -49,6 +70,12 @@ class TensorFileWriter:
 
     Args:
         forms: of every tensor that will be written.
+        ranges: of those that are flat parts of a tensor.
+
+    Attributes:
+        order: the names in the order of the file. If they are written in it, :meth:`sha256` costs
+            no second pass over the file.
+        bytes: of the whole file.
 
     Raises:
         CheckpointError: for a tensor that is unknown, comes twice or has another form, and on
@@ -56,12 +83,21 @@ class TensorFileWriter:
         OSError: if the disk has no space for all of them.
     """
 
-    def __init__(self, path: Path, forms: Mapping[str, TensorForm]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        forms: Mapping[str, TensorForm],
+        ranges: Mapping[str, Range] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.missing = set(forms)
         self._forms = dict(forms)
         self._starts: dict[str, int] = {}
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        strings = {"format": "pt", **(metadata or {})}
+        if ranges:
+            strings[RANGES] = json.dumps(ranges, separators=(",", ":"))
+        header: dict[str, object] = {"__metadata__": strings}
         end = 0
         # The widest dtypes come first, so that each tensor starts at a multiple of its item size.
         for name, form in sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize):
@@ -72,13 +108,18 @@ class TensorFileWriter:
                 "shape": list(form.shape),
                 "data_offsets": [self._starts[name], end],
             }
+        self.order = list(self._starts)
         text = json.dumps(header, separators=(",", ":")).encode()
         # Spaces align the values to 8 bytes.
         text += b" " * (-len(text) % 8)
         self._first = 8 + len(text)
+        self.bytes = self._first + end
+        beginning = len(text).to_bytes(8, "little") + text
+        self._hash = hashlib.sha256(beginning)
+        self._hashed = self._first
         self._file = path.open("wb")
         try:
-            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.write(beginning)
             self._file.flush()
             if end:
                 # A full disk is an error here, before anything was computed.
@@ -121,84 +162,195 @@ class TensorFileWriter:
                 f"the tensor '{name}' is {form.dtype} {list(form.shape)}, "
                 f"and should be {wanted.dtype} {list(wanted.shape)}"
             )
-        # As bytes, because numpy has no bfloat16; a view as uint8 needs contiguous memory.
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.seek(self._first + self._starts[name])
-        self._file.write(values.numpy().data)
+        values = _bytes_of(tensor.detach().cpu().contiguous())
+        place = self._first + self._starts[name]
+        self._file.seek(place)
+        self._file.write(values)
+        if place == self._hashed:
+            # Both release Python's lock, so training goes on meanwhile.
+            self._hash.update(values)
+            self._hashed += form.bytes
         self.missing.remove(name)
+
+    def sync(self) -> None:
+        """Flush what was written to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def sha256(self) -> str | None:
+        """The whole file's SHA-256 in hexadecimal; None if it was not written in order."""
+        return self._hash.hexdigest() if self._hashed == self.bytes else None
+
+
+class Share(NamedTuple):
+    """The elements ``start`` to ``stop`` (excluded) of a tensor, in a file."""
+
+    path: Path
+    start: int
+    stop: int
+    first_byte: int
 
 
 class TensorReader:
-    """The tensors of several safetensors files, read one by one.
+    """The tensors of several safetensors files, read one by one or in ranges.
 
-    A tensor that several files have a share of is joined along its first dimension. A file is
-    opened for each reading and closed afterwards: while it is open, its pages count as this
-    process' memory.
+    A tensor of which several files have a range is joined. A file is open only while it is read,
+    and is never mapped: mapped pages would count as this process' memory.
 
     Args:
-        paths: in the order in which shares of a tensor are joined.
+        paths: of the files.
 
     Attributes:
-        metadata: the strings in the files' headers.
+        metadata: the strings in the files' headers, without those of ranges.
 
     Raises:
-        CheckpointError: for a file that is missing, cut off or not safetensors.
+        CheckpointError: for a file that is missing, cut off or not safetensors, and for a tensor of
+            which elements are missing or come twice.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._holders: dict[str, list[tuple[Path, TensorForm]]] = {}
+        self._shares: dict[str, list[Share]] = {}
+        self._forms: dict[str, TensorForm] = {}
         self.metadata: dict[str, str] = {}
         for path in paths:
-            with _opened(path) as file:
-                self.metadata |= file.metadata() or {}
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    part = file.get_slice(name)
-                    dtype = _DTYPES.get(part.get_dtype())
-                    if dtype is None:
-                        raise CheckpointError(
-                            f"the tensor '{name}' in {path} is stored as {part.get_dtype()}: "
-                            "convert it to a floating type first"
-                        )
-                    # A slice object reads no values: shapes of any model are known in milliseconds.
-                    self._holders.setdefault(name, []).append(
-                        (path, TensorForm(dtype, tuple(part.get_shape())))
-                    )
+            self._add(path)
+        for name, shares in self._shares.items():
+            shares.sort(key=lambda share: share.start)
+            self._check_whole(name, shares)
+
+    def _add(self, path: Path) -> None:
+        header, first = _header(path)
+        strings = header.pop("__metadata__", {})
+        ranges = _ranges(strings.pop(RANGES, "{}"), path)
+        self.metadata |= strings
+        for name, entry in header.items():
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise CheckpointError(
+                    f"the tensor '{name}' in {path} is stored as {entry['dtype']}: "
+                    "convert it to a floating type first"
+                )
+            stored = TensorForm(dtype, tuple(entry["shape"]))
+            start, shape = ranges.get(name, Range(0, stored.shape))
+            form = self._forms.setdefault(name, TensorForm(dtype, shape))
+            if form != (dtype, shape):
+                raise CheckpointError(
+                    f"the tensor '{name}' in {path} is {dtype} {list(shape)}, and in "
+                    f"{self._shares[name][0].path.name} {form.dtype} {list(form.shape)}: the "
+                    "weights are damaged, take another folder"
+                )
+            share = Share(path, start, start + stored.elements, first + entry["data_offsets"][0])
+            self._shares.setdefault(name, []).append(share)
+
+    def _check_whole(self, name: str, shares: list[Share]) -> None:
+        """Check that the sorted shares are all elements of a tensor, each once."""
+        end = 0
+        elements = self._forms[name].elements
+        for share in shares:
+            if share.start < end or share.stop > elements:
+                files = ", ".join(sorted({share.path.name for share in shares}))
+                raise CheckpointError(
+                    f"elements of the tensor '{name}' are more than once in {files}: they belong "
+                    "into one file, take another folder"
+                )
+            if share.start > end:
+                break
+            end = share.stop
+        if end < elements:
+            each = ", ".join(f"{share.stop - share.start} in {share.path.name}" for share in shares)
+            held = sum(share.stop - share.start for share in shares)
+            raise CheckpointError(
+                f"the tensor '{name}' has {held} of {elements} elements ({each}): the weights are "
+                "incomplete, take another folder"
+            )
 
     @property
     def names(self) -> list[str]:
         """Of all tensors, in the files' order."""
-        return list(self._holders)
+        return list(self._forms)
 
-    def holders(self, name: str) -> list[tuple[Path, TensorForm]]:
-        """Return the files that have a share of a tensor, with the share's form."""
-        return self._holders[name]
+    def shares(self, name: str) -> list[Share]:
+        """Return the parts of a tensor in the order of their elements."""
+        return self._shares[name]
 
     def form(self, name: str) -> TensorForm:
-        """Return the form of the joined tensor."""
-        forms = [form for _, form in self._holders[name]]
-        if len(forms) == 1:
-            return forms[0]
-        joined = sum(form.shape[0] for form in forms)
-        return TensorForm(forms[0].dtype, (joined, *forms[0].shape[1:]))
+        """Return the form of the whole tensor."""
+        return self._forms[name]
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Return a whole tensor, or what is at ``index`` of its first dimension."""
-        holders = self._holders[name]
+        shape = self._forms[name].shape
         if index is None:
-            shares = [self._share(path, name) for path, _ in holders]
-            return shares[0] if len(shares) == 1 else torch.cat(shares)
-        # Count the index down to the share that it is in.
-        for path, form in holders:
-            if index < form.shape[0]:
-                return self._share(path, name, index)
-            index -= form.shape[0]
-        raise IndexError(f"the tensor '{name}' has no index {index}")
+            return self.read_range(name, 0, prod(shape)).view(shape)
+        if not 0 <= index < shape[0]:
+            raise IndexError(f"the tensor '{name}' has no index {index}")
+        size = prod(shape[1:])
+        return self.read_range(name, index * size, (index + 1) * size).view(shape[1:])
 
-    @staticmethod
-    def _share(path: Path, name: str, index: int | None = None) -> Tensor:
-        with _opened(path) as file:
-            tensor: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
-        return tensor
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the elements ``start`` to ``stop`` (excluded) of a tensor, flat.
+
+        Raises:
+            CheckpointError: if a file has changed or cannot be read.
+        """
+        dtype = self._forms[name].dtype
+        values = torch.empty(stop - start, dtype=dtype)
+        buffer = _bytes_of(values)
+        for share in self._shares[name]:
+            first, last = max(start, share.start), min(stop, share.stop)
+            if first >= last:
+                continue
+            place = slice((first - start) * dtype.itemsize, (last - start) * dtype.itemsize)
+            try:
+                with share.path.open("rb", buffering=0) as file:
+                    file.seek(share.first_byte + (first - share.start) * dtype.itemsize)
+                    _read_all(file, buffer[place])
+            except (OSError, EOFError) as error:
+                raise CheckpointError(
+                    f"{share.path} cannot be read ({error}): it is damaged, take another folder"
+                ) from None
+        return values
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor; as bytes, because numpy has no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_all(file: Any, buffer: memoryview) -> None:
+    # One call of the system reads at most 2 GB.
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise EOFError("it ends too early")
+        buffer = buffer[count:]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The decoded header of a file, and the offset of its values."""
+    # The library checks that the header is sound and that the tensors fill the file.
+    with _opened(path):
+        pass
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(min(size, LARGEST_HEADER_BYTES))
+    return dict(json.loads(text)), 8 + size
+
+
+def _ranges(text: str, path: Path) -> dict[str, Range]:
+    """Decode the ranges in a header, which anybody may have written."""
+    try:
+        found = {
+            name: Range(int(start), tuple(int(size) for size in shape))
+            for name, (start, shape) in json.loads(text).items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        found = {"": Range(-1, ())}
+    if any(start < 0 or any(size < 0 for size in shape) for start, shape in found.values()):
+        raise CheckpointError(
+            f"the header of {path} has ranges that are none: it is damaged, take another folder"
+        )
+    return found
 
 
 @contextmanager
@@ -210,7 +362,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"{path} is missing: the weights are incomplete, take another folder"
         ) from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): it is damaged, take another folder"
         ) from None

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pretrain.checkpoint.group_options import group_options, restore_group_options
-from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, read_recipe
+from pretrain.checkpoint.layout import DS_CONFIG, read_recipe
 from pretrain.checkpoint.weights import open_weights
 from pretrain.core.errors import CheckpointError, ConfigError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEEPSPEED_TAG = "deepspeed"
 UNIVERSAL_TAG = "universal"
 UNIVERSAL_LATEST = "latest_universal"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from pretrain.checkpoint import layout
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
 from pretrain.checkpoint.tokenizer_files import read_side_files, write_side_files
-from pretrain.checkpoint.weights import DENSE_FILE, EXPERTS_FILE, is_expert
+from pretrain.checkpoint.weights import WEIGHTS, file_of, is_expert
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError, ConfigError
@@ -126,22 +125,14 @@ def fill_weights_folder(
 
 def _write_tensors(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
     dense, experts = tensor_shapes(model)
-    # Both files are open at once, because the tensors come in any order.
-    with ExitStack() as files:
-        writers: dict[str, TensorFileWriter] = {}
-        for file, shapes in ((DENSE_FILE, dense), (EXPERTS_FILE.format(part=0, parts=1), experts)):
-            if shapes:
-                forms = {name: TensorForm(torch.float32, shape) for name, shape in shapes.items()}
-                writer = files.enter_context(TensorFileWriter(folder / file, forms))
-                writers |= dict.fromkeys(shapes, writer)
-        for name, tensor in tqdm(
-            tensors, total=len(writers), desc="writing weights", unit="tensor"
-        ):
-            if name not in writers:
+    forms = {name: TensorForm(torch.float32, shape) for name, shape in (dense | experts).items()}
+    with TensorFileWriter(folder / file_of(WEIGHTS, 0, 1), forms) as file:
+        for name, tensor in tqdm(tensors, total=len(forms), desc="writing weights", unit="tensor"):
+            if name not in forms:
                 raise CheckpointError(
                     f"the recipe's model has no tensor '{name}': the weights do not belong to it"
                 )
-            writers[name].write(name, tensor.to(torch.float32))
+            file.write(name, tensor.to(torch.float32))
 
 
 def is_weights_alone(state: CheckpointState) -> bool:

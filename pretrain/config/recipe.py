@@ -90,6 +90,13 @@ class CheckpointConfig(Section):
     """When a run saves, and which checkpoints it keeps."""
 
     interval_steps: Positive = 1000
+    background: bool = Field(
+        True,
+        description=(
+            "training waits only until its state is copied, in host memory of the size of the "
+            "checkpoint; off: until it is written"
+        ),
+    )
     keep_last: Positive = Field(2, description="newest checkpoints that are kept")
     keep_best: bool = Field(
         False,

@@ -44,6 +44,14 @@ def write_synced(path: Path, data: bytes) -> None:
     fsync_path(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, with the names of all of them on disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_path(folder.parent)
+
+
 def file_sha256(path: Path) -> str:
     """A file's SHA-256 in hexadecimal."""
     with path.open("rb") as stream:

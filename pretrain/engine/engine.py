@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict
 
 import torch
 
@@ -42,6 +43,19 @@ from pretrain.optim.param_groups import (
     parameter_groups,
     peak_learning_rates,
 )
+
+
+class EngineCounts(TypedDict):
+    """What an engine counts next to weights and moments, as a checkpoint holds it.
+
+    Attributes:
+        loss_scale: of fp16; empty in other precisions.
+    """
+
+    steps: int
+    samples: int
+    skipped: int
+    loss_scale: dict[str, float]
 
 
 class Engine:
@@ -265,6 +279,22 @@ class Engine:
         if self.sparse_optimizer is not None:
             finite = finite and self.sparse_optimizer.is_finite()
         return not self.topology.any_rank(not finite)
+
+    def counts(self) -> EngineCounts:
+        """What is to be saved next to weights, moments and buffers."""
+        return EngineCounts(
+            steps=self.deepspeed.global_steps,
+            samples=self.deepspeed.global_samples,
+            skipped=self.deepspeed.skipped_steps,
+            loss_scale=self.loss_scale.state(),
+        )
+
+    def restore_counts(self, counts: EngineCounts) -> None:
+        """Continue to count from a checkpoint's :meth:`counts`."""
+        self.deepspeed.global_steps = counts["steps"]
+        self.deepspeed.global_samples = counts["samples"]
+        self.deepspeed.skipped_steps = counts["skipped"]
+        self.loss_scale.load(counts["loss_scale"])
 
     def _set_learning_rates(self, factor: float) -> None:
         """Set each group's rate: the schedule is ours, DeepSpeed has no scheduler."""

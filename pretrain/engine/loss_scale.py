@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pretrain.engine.workarounds.stage0_fp16 import loss_scaler_of, scales_loss_itself
+
+# What DeepSpeed's scalers count; at each ZeRO stage a scaler has some of these.
+COUNTS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class LossScale:
@@ -55,7 +58,20 @@ class LossScale:
         finally:
             scaler.cur_scale = scale
 
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds of the scale; empty in all precisions but fp16."""
+        if not self._is_fp16:
+            return {}
+        counts = {name: getattr(self._scaler, name, None) for name in COUNTS}
+        return {name: count for name, count in counts.items() if count is not None}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue with the scale of a checkpoint, which may be one of another precision."""
+        if self._is_fp16:
+            for name in COUNTS:
+                if name in state and hasattr(self._scaler, name):
+                    setattr(self._scaler, name, state[name])
+
     @property
     def _scaler(self) -> Any:
-        # Looked up each time: loading a checkpoint replaces the object.
         return loss_scaler_of(self._optimizer, self._zero_stage)

@@ -33,6 +33,38 @@ def from_state(states: Sequence[SavedStep], device: torch.device) -> list[StepRe
     return [_step_of(state, device) for state in states]
 
 
+def regroup(ranks: Sequence[Sequence[SavedStep]], world_size: int) -> list[SavedStep]:
+    """Share what some ranks saw of the same steps evenly among ``world_size`` others.
+
+    What :func:`pretrain.engine.step.reduce_steps` makes of it stays the same. The losses of single
+    micro batches are left out: no other rank takes the same ones.
+    """
+    return [_regrouped(steps, world_size) for steps in zip(*ranks, strict=True)]
+
+
+def _regrouped(steps: Sequence[SavedStep], world_size: int) -> SavedStep:
+    first = steps[0]
+    before = sum(step["micro_batches"] for step in steps)
+    now = max(1, before // world_size)
+    router: list[torch.Tensor] | None = None
+    if first["router"] is not None:
+        totals = [step["router"] for step in steps if step["router"] is not None]
+        sums = RouterTotals(
+            *(sum(tensors[1:], tensors[0]) for tensors in zip(*totals, strict=True))
+        )
+        # Counts are summed over the ranks again, everything else is averaged over micro batches.
+        shares = RouterTotals(*(tensor * (now / before) for tensor in sums))
+        router = list(shares._replace(counts_LE=sums.counts_LE / world_size))
+    losses = torch.stack([step["losses"] for step in steps]).mean(0)
+    return {
+        **first,
+        "losses": losses,
+        "router": router,
+        "micro_batches": now,
+        "micro_losses": [],
+    }
+
+
 def _saved(result: StepResult) -> SavedStep:
     return SavedStep(
         losses=result.losses.packed().cpu(),

@@ -234,7 +234,7 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     if run.held_out is not None:
         validator = Validator(run.held_out, engine, run.loader, recipe.validation, writer, timer)
     # Shared by the loop, which asks it, and by checkpoints, which wait for the data check.
-    stopping = Stopping(stop, data_check, topology)
+    stopping = Stopping(stop, data_check, store.thread, topology)
     return Trainer(
         timeline=resolved.timeline,
         schedules=schedules_of(recipe, resolved.timeline),

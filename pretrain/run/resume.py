@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.state import CheckpointState, Fingerprint
 from pretrain.checkpoint.tokenizer_files import origin_of, read_side_files
+from pretrain.config.recipe import Recipe
 from pretrain.run.build import ResolvedRun
-from pretrain.run.same_run import check_branch, check_same_run
+from pretrain.run.same_run import check_branch, check_same_run, topology_changes
 from pretrain.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
@@ -15,8 +22,7 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
     Every rank must call it.
 
     Raises:
-        ConfigError: if the checkpoint is one of another model, tokenizer, order of data or
-            topology.
+        ConfigError: if the checkpoint is one of another model, tokenizer or order of data.
         CheckpointError: if it is damaged, or ``branch_from`` names none.
         DataError: if the data do not last until the end of the run.
     """
@@ -29,12 +35,26 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
     store.side_files = {} if origin is None else read_side_files(origin)
     if newest is not None:
         saved = layout.read_run_recipe(newest)
-        check_same_run(recipe, saved, fingerprint, layout.read_state(newest), resolved.folder)
+        state = layout.read_state(newest)
+        check_same_run(recipe, saved, fingerprint, state, resolved.folder)
         trainer.resume(newest)
+        _announce_changes(recipe, saved, fingerprint, state, resolved.topology.is_main)
     elif recipe.branch_from is not None:
         parent = store.whole(recipe.branch_from)
         saved = layout.read_run_recipe(parent)
-        check_branch(recipe, saved, fingerprint, layout.read_state(parent), parent)
+        state = layout.read_state(parent)
+        check_branch(recipe, saved, fingerprint, state, parent)
         trainer.resume(parent)
+        _announce_changes(recipe, saved, fingerprint, state, resolved.topology.is_main)
     # After the resume: a run that has passed over data needs more of them.
     trainer.loader.require(trainer.num_steps)
+
+
+def _announce_changes(
+    recipe: Recipe, saved: Recipe, fingerprint: Fingerprint, state: CheckpointState, prints: bool
+) -> None:
+    """Say in one line what of the topology is no longer what the checkpoint was saved with."""
+    if prints and (changes := topology_changes(recipe, saved, fingerprint, state)):
+        line = f"resumed at step {state['step']} with {changes}"
+        logger.info("%s", line)
+        print(line, file=sys.stderr)

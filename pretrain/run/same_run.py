@@ -1,4 +1,4 @@
-"""Whether a checkpoint may be resumed: the same model, tokenizer, order of data and topology."""
+"""Whether a checkpoint may be resumed: the same model, tokenizer and order of data."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ FIXED_FIELDS = (
     "data.packing",
     "data.streaming",
     "train.sequence_length",
-    "train.micro_batch_size",
     "train.global_batch_size",
     "optimizer.kind",
-    "train.precision",
 )
 # What phases change of a recipe ...
 CHANGED_BY_PHASES = (
     "model",
     "train.sequence_length",
-    "train.micro_batch_size",
     "train.global_batch_size",
     "data.mixture",
 )
@@ -47,12 +44,12 @@ def check_same_run(
     state: CheckpointState,
     folder: Path,
 ) -> None:
-    """Refuse to resume a checkpoint of another model, tokenizer, order or topology.
+    """Refuse to resume a checkpoint of another model, tokenizer or order.
 
     Args:
         now: the recipe of the run that starts.
         saved: the recipe of the checkpoint.
-        fingerprint: tokenizer and topology, which ``state`` (of the checkpoint) must have too.
+        fingerprint: with the tokenizer, which ``state`` (of the checkpoint) must have too.
         folder: of the run, for sentences.
 
     Raises:
@@ -81,8 +78,8 @@ def check_branch(
     Args:
         now: the recipe of the run that starts.
         parent: the recipe of the other run.
-        fingerprint: tokenizer and topology, which ``state`` (of the checkpoint) must have too; None
-            if they are not known yet.
+        fingerprint: with the tokenizer, which ``state`` (of the checkpoint) must have too; None if
+            it is not known yet.
         checkpoint: for sentences.
 
     Raises:
@@ -108,15 +105,29 @@ def check_branch(
 
 
 def fingerprint_difference(now: Fingerprint, saved: CheckpointState) -> str | None:
-    """Return what of tokenizer and topology differs, in words; None if nothing does."""
-    # ZeRO and expert parallelism shard by rank, so DeepSpeed's files fit one topology only.
-    for key, value in now.items():
-        if saved.get(key) == value:
-            continue
-        if key == "tokenizer_sha256":
-            return "another tokenizer"
-        return f"{key} {saved.get(key)}, not {value}"
+    """Return what the tokenizers differ in, in words; None if nothing does."""
+    if saved.get("tokenizer_sha256") != now["tokenizer_sha256"]:
+        return "another tokenizer"
     return None
+
+
+def topology_changes(
+    now: Recipe, saved: Recipe, fingerprint: Fingerprint, state: CheckpointState
+) -> str:
+    """Return what of the topology a resume changes, in words; empty if nothing.
+
+    The state of a checkpoint is that of the whole model, so any topology can continue it.
+    """
+    pairs = {
+        "world size": (state.get("world_size"), fingerprint["world_size"]),
+        "ep_size": (state.get("ep_size"), fingerprint["ep_size"]),
+        "ZeRO stage": (state.get("zero_stage"), fingerprint["zero_stage"]),
+        "micro batch size": (saved.train.micro_batch_size, now.train.micro_batch_size),
+        "precision": (saved.train.precision, now.train.precision),
+    }
+    return ", ".join(
+        f"{what} {before} -> {after}" for what, (before, after) in pairs.items() if before != after
+    )
 
 
 def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:

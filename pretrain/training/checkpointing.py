@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -13,8 +15,8 @@ from pretrain.checkpoint.state import CardFacts, CheckpointState, Fingerprint, R
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.recipe import CheckpointConfig
 from pretrain.config.timeline import Timeline
-from pretrain.core.errors import GuardError, NonFiniteError
-from pretrain.engine.pending import from_state, to_state
+from pretrain.core.errors import GuardError, NonFiniteError, PeerLostError, is_peer_loss
+from pretrain.engine.pending import from_state, regroup, to_state
 from pretrain.guards.detect import GuardState, Violation
 from pretrain.guards.policy import GuardPolicy
 from pretrain.guards.progress import Progress
@@ -122,8 +124,11 @@ class Checkpoints:
         )
         return due and not progress.skipped_in_a_row
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, waits: bool) -> None:
         """Write a checkpoint of the step that is done.
+
+        Args:
+            waits: until it is published, also if ``checkpoint.background`` is on.
 
         Raises:
             DataError: if the data that the weights were trained on are damaged.
@@ -146,15 +151,39 @@ class Checkpoints:
                 "row_seconds": parts.timer.window_seconds(),
             }
             self.store.save(
-                progress.step, self._state(progress), self._pointers(progress), rank_state
+                progress.step,
+                self._state(progress),
+                self._pointers(progress),
+                rank_state,
+                background=self._config.background and not waits,
             )
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Leave the block only after what was saved in it is published.
+
+        An error that ends the block comes before one of saving.
+        """
+        try:
+            yield
+        except PeerLostError:
+            # A rank that is gone cannot write its part.
+            raise
+        except Exception as error:
+            if not is_peer_loss(error):
+                try:
+                    self.store.finish()
+                except Exception:
+                    logger.exception("the last checkpoint was not written")
+            raise
+        self.store.finish()
 
     def load(self, checkpoint: Path) -> Progress:
         """Continue from a whole checkpoint of this run, or of the one that it branches from."""
         parts = self._parts
         loaded = self.store.load(checkpoint)
         state = loaded.state
-        rank_state = loaded.rank_state
+        rank_states = loaded.rank_states
         progress = Progress(**state["progress"])
         # A checkpoint elsewhere is the parent run's, which this run branches from.
         if checkpoint.parent != self.store.folder:
@@ -165,9 +194,13 @@ class Checkpoints:
             progress.forget_best()
         # The loader refuses data that are not the checkpoint's.
         parts.loader.resume(state["data"], progress.step)
-        device = parts.metrics.engine.topology.device
-        parts.metrics.pending = from_state(rank_state.get("pending", []), device)
-        parts.timer.resume(rank_state.get("row_seconds", 0.0))
+        topology = parts.metrics.engine.topology
+        pending = [own.get("pending", []) for own in rank_states]
+        # Other ranks than those that have saved share what all of those saw.
+        is_same = loaded.ranks == topology.world_size
+        mine = pending[0] if is_same else regroup(pending, topology.world_size)
+        parts.metrics.pending = from_state(mine, topology.device)
+        parts.timer.resume(max(own.get("row_seconds", 0.0) for own in rank_states))
         self.ended.resume(progress.step)
         parts.guards.restore(cast(GuardState, state.get("guards", {})))
         if progress.stopped_early:

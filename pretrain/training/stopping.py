@@ -1,4 +1,4 @@
-"""Why a training stops before its last step: a signal, or damaged data.
+"""Why a training stops before its last step: a signal, damaged data, or a failed save.
 
 All ranks stop at the same step.
 """
@@ -6,6 +6,7 @@ All ranks stop at the same step.
 from __future__ import annotations
 
 from data_pipeline.shards.verification import BackgroundCheck
+from pretrain.checkpoint.saving import SaveThread
 from pretrain.core.errors import DataError
 from pretrain.core.signals import StopRequest
 from pretrain.engine.topology import Topology
@@ -17,13 +18,19 @@ class Stopping:
     Args:
         request: set by a signal, on any rank.
         data_check: this rank's comparison of the data with its manifest, in the background.
+        saving: writes checkpoints in the background.
     """
 
     def __init__(
-        self, request: StopRequest, data_check: BackgroundCheck, topology: Topology
+        self,
+        request: StopRequest,
+        data_check: BackgroundCheck,
+        saving: SaveThread,
+        topology: Topology,
     ) -> None:
         self._request = request
         self._data_check = data_check
+        self._saving = saving
         self._data_is_checked = False
         self._topology = topology
 
@@ -32,12 +39,16 @@ class Stopping:
 
         Raises:
             DataError: as :meth:`raise_data_faults`.
+            StorageError: if a checkpoint could not be written in the background.
         """
-        faulty = self._data_check.fault is not None
+        faulty = self._data_check.fault is not None or self._saving.fault is not None
         # Every step: a signal may reach one rank only, and all must leave the loop together.
         if not self._topology.any_rank(self._request.requested or faulty):
             return False
         self.raise_data_faults()
+        # All ranks' saving threads end alike, but some notice a step earlier than others.
+        if self._topology.any_rank(self._saving.fault is not None):
+            self._saving.finish()
         return True
 
     def raise_data_faults(self) -> None:

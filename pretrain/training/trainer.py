@@ -64,6 +64,10 @@ class Trainer:
         self.timer.start()
         # Damage in what the loader has read before the first step.
         self.stopping.raise_data_faults()
+        with self.checkpoints.published():
+            return self._loop()
+
+    def _loop(self) -> bool:
         # Every rank takes the same branches: most of these calls hold collectives.
         while not self.is_done:
             if not self._step():
@@ -74,7 +78,7 @@ class Trainer:
             # Asked after the last step too: it ends the run if data are damaged.
             stopped = self.stopping.requested() and not self.is_done
             if self.is_done or stopped or self.checkpoints.is_due(self.progress, is_best):
-                self.checkpoints.save(self.progress)
+                self.checkpoints.save(self.progress, waits=self.is_done or stopped)
             if stopped:
                 return False
         return True
