@@ -159,14 +159,16 @@ def _fresh_state(optimizer: torch.optim.Optimizer, trained: Tensor) -> None:
     Whether that is one of codes depends on the tensor's size. Other states are made as they are
     read.
     """
-    if hasattr(optimizer, "init_state"):
-        for number, group in enumerate(optimizer.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                if parameter is trained:
-                    optimizer.init_state(group, trained, number, place)
-                    return
-        # At ZeRO 3 a tensor is in a group only while it is being updated.
-        optimizer.init_state(optimizer.param_groups[0], trained, 0, 0)
+    if not hasattr(optimizer, "init_state"):
+        return
+    # bitsandbytes looks the tensor up in its groups, and at ZeRO 3 a tensor is in one only while it
+    # is being updated. All groups have the same options of quantisation.
+    group = optimizer.param_groups[0]
+    members, group["params"] = group["params"], [trained]
+    try:
+        optimizer.init_state(group, trained, 0, 0)
+    finally:
+        group["params"] = members
 
 
 def _load_key(
@@ -190,8 +192,6 @@ def _load_key(
         return
     dtype = torch.float32 if form.dtype == torch.uint8 else form.dtype
     if key not in state:
-        # On the host first touch of memory is slow: empty, because every element is written below
-        # or is padding.
         state[key] = torch.zeros_like(trained, dtype=dtype)
     flat = state[key].view(-1)
     for part, name in zip(held, names, strict=True):

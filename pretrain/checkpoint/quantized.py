@@ -48,9 +48,9 @@ def expand(codes: Tensor, scales: Tensor, levels: Tensor, phase: int) -> Dequant
 
 
 def never_quantized(values: Tensor) -> Dequantized:
-    """Return fp32 values as elements that need to be quantised."""
+    """Return values as elements that need to be quantised."""
     codes = torch.zeros_like(values, dtype=torch.uint8)
-    return Dequantized(values, codes, torch.full_like(values, torch.nan))
+    return Dequantized(values, codes, torch.full(values.shape, torch.nan))
 
 
 def quantize(elements: Dequantized, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.lazy_weights import StoredWeights
-from pretrain.checkpoint.weights import EXPERTS_FILE, load_state_dict
+from pretrain.checkpoint.engine_state import write_tensors
+from pretrain.checkpoint.optimizer_state import Stored
+from pretrain.checkpoint.tensor_files import Range
+from pretrain.checkpoint.weights import WEIGHTS, file_of, load_state_dict
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.load import apply_override, validate_recipe
 from pretrain.config.recipe import Recipe
@@ -55,14 +57,28 @@ def shaken(seed: int, size: float = 0.02) -> Edit:
     return edit
 
 
-def over_ranks(folder: Path, ep_size: int) -> Path:
-    """Rewrites the expert file of a checkpoint as ``ep_size`` ranks would have written it."""
-    stored = StoredWeights(folder)
-    (whole,) = folder.glob("weights-experts-*")
-    experts = {name: stored[name].clone() for name in stored if ".experts.w" in name}
-    whole.unlink()
-    for part in range(ep_size):
-        parts = {name: tensor.chunk(ep_size)[part].contiguous() for name, tensor in experts.items()}
-        save_file(parts, folder / EXPERTS_FILE.format(part=part, parts=ep_size))
+def over_ranks(folder: Path, ranks: int) -> Path:
+    """Rewrites the weights of a checkpoint as ``ranks`` ranks with as many parts would have.
+
+    Stacked experts are cut between experts, all other tensors anywhere, as ZeRO cuts them.
+    """
+    split_weights(folder, ranks)
     seal(folder)
     return folder
+
+
+def split_weights(folder: Path, ranks: int) -> None:
+    """The same, without a new manifest."""
+    stored = load_state_dict(folder)
+    (folder / file_of(WEIGHTS, 0, 1)).unlink()
+    shares: list[list[Stored]] = [[] for _ in range(ranks)]
+    for name, tensor in stored.items():
+        rows = tensor.shape[0] if ".experts.w" in name else tensor.numel()
+        size = tensor.numel() // rows
+        bounds = [rows * rank // ranks * size for rank in range(ranks + 1)]
+        for rank, (start, stop) in enumerate(pairwise(bounds)):
+            if start < stop:
+                place = Range(start, tuple(tensor.shape))
+                shares[rank].append(Stored(name, tensor.flatten()[start:stop], place))
+    for rank, share in enumerate(shares):
+        write_tensors(folder / file_of(WEIGHTS, rank, ranks), share)

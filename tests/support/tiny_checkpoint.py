@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from data_pipeline.loading.shard_loader import ShardLoader, open_shard_loader
 from data_pipeline.preprocess.coordinator import build
@@ -17,7 +18,7 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.datasets import data_folders, load_datasets
 from data_pipeline.shards.manifest import Manifest
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.weights import write_weights
+from pretrain.checkpoint.weights import WEIGHTS, file_of
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
@@ -99,6 +100,16 @@ def train(recipe: Recipe, loader: ShardLoader) -> DecoderLM:
     return model.eval()
 
 
+def write_model(folder: Path, model: DecoderLM) -> None:
+    """Writes the weights of a model as one rank with all experts does."""
+    held = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    tensors = {name: value for name, value in model.state_dict().items() if name in held}
+    save_file(
+        {name: value.detach().float().contiguous() for name, value in tensors.items()},
+        folder / file_of(WEIGHTS, 0, 1),
+    )
+
+
 def write_checkpoint(
     checkpoint: Path,
     model: DecoderLM,
@@ -110,15 +121,7 @@ def write_checkpoint(
     ``latest``.
     """
     checkpoint.mkdir(parents=True)
-    num_experts = recipe.model.moe.num_experts if recipe.model.moe else 1
-    write_weights(
-        checkpoint,
-        model,
-        lambda parameter: parameter.detach(),
-        rank=0,
-        ep_size=1,
-        num_experts=num_experts,
-    )
+    write_model(checkpoint, model)
     (checkpoint / layout.RECIPE).write_text(recipe_to_yaml(recipe))
     (checkpoint / layout.TOKENIZER).write_bytes(manifest.tokenizer_path.read_bytes())
     state = {

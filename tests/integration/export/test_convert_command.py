@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.shards.token_stream import open_split
 from pretrain.checkpoint import layout
-from pretrain.checkpoint.weights import DENSE_FILE, load_state_dict
+from pretrain.checkpoint.weights import WEIGHTS, file_of, load_state_dict
 from pretrain.config.load import recipe_to_yaml
 from pretrain.core.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, CheckpointError, run_command
 from pretrain.export.convert import export_hf, export_safetensors
@@ -31,6 +31,8 @@ OWN_NAMES = (
     "model.moe.drop_tokens=false",
 )  # each expert's matrices are tensors of their own
 TOOL = TOOLS / "convert_checkpoint.py"
+
+WEIGHTS_FILE = file_of(WEIGHTS, 0, 1)
 
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -203,13 +205,13 @@ def test_data_of_another_tokenizer_is_refused(trained: Trained, tmp_path: Path) 
 def test_a_damaged_checkpoint_is_refused(trained: Trained, tmp_path: Path) -> None:
     checkpoint = tmp_path / trained.checkpoint.name
     shutil.copytree(trained.checkpoint, checkpoint)
-    weights = bytearray((checkpoint / DENSE_FILE).read_bytes())
+    weights = bytearray((checkpoint / WEIGHTS_FILE).read_bytes())
     weights[-5] ^= 1
-    (checkpoint / DENSE_FILE).write_bytes(weights)
+    (checkpoint / WEIGHTS_FILE).write_bytes(weights)
     refused = convert("--checkpoint", checkpoint, "--to", "hf", "--output", tmp_path / "out")
     assert (
         refused.returncode == BAD_CHECKPOINT
-        and DENSE_FILE in refused.stderr
+        and WEIGHTS_FILE in refused.stderr
         and "Traceback" not in refused.stderr
     )
     assert not (tmp_path / "out").exists()
@@ -219,9 +221,9 @@ def test_an_export_whose_logits_differ_is_not_published(trained: Trained, tmp_pa
     """A weight that is not a number makes every logit differ from itself."""
     checkpoint = tmp_path / trained.checkpoint.name
     shutil.copytree(trained.checkpoint, checkpoint)
-    weights = load_file(checkpoint / DENSE_FILE)
+    weights = load_file(checkpoint / WEIGHTS_FILE)
     weights["layers.0.attention.q_proj.weight"][0, 0] = torch.inf
-    save_file(weights, checkpoint / DENSE_FILE)
+    save_file(weights, checkpoint / WEIGHTS_FILE)
     heldout = open_split(trained.manifest, "validation")
     with pytest.raises(CheckpointError, match="nothing was published"):
         export_hf(checkpoint, tmp_path / "out", heldout, torch.float32, overwrite=False)

@@ -79,7 +79,7 @@ def test_any_damage_to_any_file_of_a_checkpoint_is_found_and_named(run: Path) ->
 def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_gives_the_same_end(
     damage: Callable[[Path], None], run: Path, six_steps: Path, tiny: Tiny, train: Command
 ) -> None:
-    damaged = run / "checkpoints" / "step_6" / "weights-dense.safetensors"
+    damaged = run / "checkpoints" / "step_6" / "weights-00000-of-00001.safetensors"
     damage(damaged)
     assert train(tiny.arguments(run, steps=6))[0] == 0
     warning = next(
@@ -142,7 +142,7 @@ def test_a_torn_temporary_folder_is_ignored_and_removed_at_the_next_save(
 def test_checkpoints_saved_after_a_fallback_are_kept_and_the_damaged_one_goes(
     run: Path, tiny: Tiny, train: Command
 ) -> None:
-    flip_a_bit(run / "checkpoints" / "step_6" / "weights-dense.safetensors")
+    flip_a_bit(run / "checkpoints" / "step_6" / "weights-00000-of-00001.safetensors")
     for steps in (4, 5):
         assert train(tiny.arguments(run, "checkpoint.keep_last=1", steps=steps))[0] == 0
         assert {path.name for path in (run / "checkpoints").iterdir()} == {

@@ -299,7 +299,7 @@ def test_bad_input_is_refused_in_a_sentence(
     state = layout.read_state(first) | {"tokenizer_sha256": "0" * 64}
     (stranger / layout.STATE).write_text(json.dumps(state))
     seal(stranger)
-    with (torn / "weights-dense.safetensors").open("r+b") as file:
+    with (torn / "weights-00000-of-00001.safetensors").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\0")
     cases: list[tuple[type[Exception], str, list[object]]] = [

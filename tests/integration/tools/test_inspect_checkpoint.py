@@ -80,14 +80,15 @@ def test_files_weights_and_experts_are_told(trained: Trained) -> None:
 
 def test_a_changed_file_is_found_by_its_hash_alone(trained: Trained, tmp_path: Path) -> None:
     damaged = variant(trained, tmp_path / "damaged")
-    content = bytearray((damaged / "weights-dense.safetensors").read_bytes())
+    content = bytearray((damaged / "weights-00000-of-00001.safetensors").read_bytes())
     content[-1] ^= 1
-    (damaged / "weights-dense.safetensors").write_bytes(content)
+    (damaged / "weights-00000-of-00001.safetensors").write_bytes(content)
     assert all(file["fault"] is None for file in inspect_checkpoint(damaged)["files"])
     done = inspect("--checkpoint", damaged, "--verify", "--tensors", "--recipe")
     assert (
         done.returncode == BAD_CHECKPOINT
-        and "weights-dense.safetensors does not have the content that was saved" in done.stderr
+        and "weights-00000-of-00001.safetensors does not have the content that was saved"
+        in done.stderr
     )
     assert (
         "Traceback" not in done.stderr

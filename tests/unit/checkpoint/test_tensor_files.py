@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import hashlib
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
+from pretrain.checkpoint.tensor_files import Range, TensorFileWriter, TensorForm, TensorReader
 from pretrain.core.errors import CheckpointError
 
 TENSORS = {
@@ -73,14 +75,33 @@ def test_a_tensor_that_comes_twice_is_refused(tmp_path: Path) -> None:
 
 def test_shares_of_several_files_are_one_tensor(tmp_path: Path) -> None:
     rows = torch.randn(5, 3)
-    save_file({"rows": rows[:2].contiguous(), "a": torch.ones(1)}, tmp_path / "0")
-    save_file({"rows": rows[2:].contiguous()}, tmp_path / "1")
-    reader = TensorReader([tmp_path / "0", tmp_path / "1"])
+    # Cut inside a row, as ZeRO cuts.
+    for part, (start, stop) in enumerate(((0, 7), (7, 15))):
+        share = rows.flatten()[start:stop]
+        forms = {"rows": TensorForm(torch.float32, (stop - start,))}
+        with TensorFileWriter(tmp_path / f"{part}", forms, {"rows": Range(start, (5, 3))}) as file:
+            file.write("rows", share)
+    reader = TensorReader([tmp_path / "1", tmp_path / "0"])
     assert reader.form("rows") == TensorForm(torch.float32, (5, 3))
     assert torch.equal(reader.read("rows"), rows)
     assert all(torch.equal(reader.read("rows", index), rows[index]) for index in range(5))
+    for start, stop in combinations(range(16), 2):
+        assert torch.equal(reader.read_range("rows", start, stop), rows.flatten()[start:stop])
     with pytest.raises(IndexError):
         reader.read("rows", 5)
+
+
+def test_the_hash_is_that_of_the_file_if_it_was_written_in_order(tmp_path: Path) -> None:
+    with TensorFileWriter(tmp_path / "a", FORMS) as file:
+        for name in file.order:
+            file.write(name, TENSORS[name])
+    assert file.sha256() == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    assert file.bytes == (tmp_path / "a").stat().st_size
+    with TensorFileWriter(tmp_path / "b", FORMS) as file:
+        for name in reversed(file.order):
+            file.write(name, TENSORS[name])
+    assert file.sha256() is None
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
 def test_a_missing_cut_or_foreign_file_is_refused_by_name(tmp_path: Path) -> None:

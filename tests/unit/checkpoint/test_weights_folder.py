@@ -1,24 +1,29 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint.layout import MANIFEST, damage, read_recipe, read_state, resolve_checkpoint
+from pretrain.checkpoint.tensor_files import RANGES
 from pretrain.checkpoint.validate import open_whole_weights
-from pretrain.checkpoint.weights import DENSE_FILE, EXPERTS_FILE, load_model, load_state_dict
+from pretrain.checkpoint.weights import WEIGHTS, file_of, load_model, load_state_dict
 from pretrain.checkpoint.weights_only import tensor_shapes, write_weights_folder
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.model.decoder import DecoderLM
+from tests.support.checkpoint_variants import split_weights
 
 NATIVE = ("model.moe.kind=deepspeed", "model.moe.drop_tokens=false")
-SHARD = EXPERTS_FILE.format(part=0, parts=1)
+ONE, FIRST, SECOND = file_of(WEIGHTS, 0, 1), file_of(WEIGHTS, 0, 2), file_of(WEIGHTS, 1, 2)
 W1, DENSE = "layers.1.feed_forward.experts.w1", "final_norm.weight"
 EXPERT_2 = "layers.1.feed_forward.deepspeed_moe.experts.deepspeed_experts.2.up_proj.weight"
 
@@ -121,15 +126,6 @@ def test_a_full_folder_and_an_unknown_vocabulary_are_refused(tmp_path: Path) -> 
 # --- what is missing, doubled or cut off is named -------------------------------------------------
 
 
-def split_over_two(folder: Path) -> None:
-    """Makes the one expert file two, as a run with ep_size 2 writes them."""
-    experts = load_file(folder / SHARD)
-    (folder / SHARD).unlink()
-    for part in range(2):
-        share = {name: tensor[2 * part : 2 * part + 2].clone() for name, tensor in experts.items()}
-        save_file(share, folder / EXPERTS_FILE.format(part=part, parts=2))
-
-
 def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(path)
     change(tensors)
@@ -137,82 +133,110 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Non
 
 
 def without_second_file(folder: Path) -> None:
-    split_over_two(folder)
-    (folder / EXPERTS_FILE.format(part=1, parts=2)).unlink()
+    split_weights(folder, 2)
+    (folder / SECOND).unlink()
 
 
 def with_a_file_of_one_rank(folder: Path) -> None:
-    shutil.copyfile(folder / SHARD, folder / "kept")
-    split_over_two(folder)
-    (folder / "kept").rename(folder / SHARD)
+    shutil.copyfile(folder / ONE, folder / "kept")
+    split_weights(folder, 2)
+    (folder / "kept").rename(folder / ONE)
+
+
+def with_ranges(path: Path, change: Callable[[dict[str, list[Any]]], object]) -> None:
+    """Rewrites the ranges in a file's header."""
+    with safe_open(path, framework="pt") as file:
+        strings = file.metadata()
+    ranges = json.loads(strings[RANGES])
+    change(ranges)
+    save_file(load_file(path), path, strings | {RANGES: json.dumps(ranges)})
 
 
 def with_a_short_share(folder: Path) -> None:
-    split_over_two(folder)
-    edit(
-        folder / EXPERTS_FILE.format(part=1, parts=2),
-        lambda tensors: tensors.update({W1: tensors[W1][:1].clone()}),
-    )
+    split_weights(folder, 2)
+    with safe_open(folder / SECOND, framework="pt") as file:
+        strings = file.metadata()
+    tensors = load_file(folder / SECOND)
+    tensors[W1] = tensors[W1][:-1].clone()
+    save_file(tensors, folder / SECOND, strings)
+
+
+def with_an_overlap(folder: Path) -> None:
+    split_weights(folder, 2)
+    with_ranges(folder / SECOND, lambda ranges: ranges[W1].__setitem__(0, 1))
+
+
+def with_other_shapes(folder: Path) -> None:
+    split_weights(folder, 2)
+    with_ranges(folder / SECOND, lambda ranges: ranges[W1].__setitem__(1, [8, 16, 32]))
+
+
+def with_nonsense(folder: Path) -> None:
+    split_weights(folder, 2)
+    with_ranges(folder / SECOND, lambda ranges: ranges.update({W1: "everywhere"}))
 
 
 def cut(folder: Path) -> None:
-    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
+    (folder / ONE).write_bytes((folder / ONE).read_bytes()[:-100])
 
 
 BROKEN: dict[str, tuple[tuple[str, ...], Callable[[Path], object], str]] = {
-    "a file of experts is missing": (
+    "a rank's file is missing": (
         (),
         without_second_file,
-        "1 of 2 expert files, weights-experts-00001-of-00002.safetensors is missing",
+        "1 of 2 weights files, weights-00001-of-00002.safetensors is missing",
+    ),
+    "all files are missing": (
+        (),
+        lambda folder: (folder / ONE).unlink(),
+        "0 of 1 weights files, weights-00000-of-00001.safetensors is missing",
     ),
     "a file of another topology lies beside": (
         (),
         with_a_file_of_one_rank,
-        "expert files of 1 and of 2 ranks .weights-experts-00000-of-00001",
+        "weights files of 1 and of 2 ranks .weights-00000-of-00001",
     ),
     "a share is short": (
         (),
         with_a_short_share,
         (
-            f"'{W1}' has 3 of 4 experts .2 in weights-experts-00000-of-00002.safetensors, 1 in"
-            " weights-experts-00001"
+            f"'{W1}' has 4095 of 4096 elements .2048 in weights-00000-of-00002.safetensors, 2047 "
+            "in weights-00001"
         ),
     ),
-    "a file is cut off": ((), cut, "weights-experts-00000-of-00001.safetensors cannot be read"),
+    "two shares overlap": (
+        (),
+        with_an_overlap,
+        f"elements of the tensor '{W1}' are more than once in weights-00000-of-00002",
+    ),
+    "two shares are of different tensors": (
+        (),
+        with_other_shapes,
+        rf"'{W1}' in .* is torch.float32 \[8, 16, 32\], and in weights-00000-of-00002",
+    ),
+    "a header says nonsense": ((), with_nonsense, "has ranges that are none"),
+    "a file is cut off": ((), cut, "weights-00000-of-00001.safetensors cannot be read"),
     "an expert is missing": (
         NATIVE,
-        lambda folder: edit(folder / SHARD, lambda tensors: tensors.pop(EXPERT_2)),
+        lambda folder: edit(folder / ONE, lambda tensors: tensors.pop(EXPERT_2)),
         f"'{EXPERT_2}' is missing",
-    ),
-    "an expert is doubled": (
-        NATIVE,
-        lambda folder: edit(
-            folder / DENSE_FILE,
-            lambda tensors: tensors.update({EXPERT_2: load_file(folder / SHARD)[EXPERT_2]}),
-        ),
-        (
-            f"'{EXPERT_2}' is in weights-dense.safetensors,"
-            " weights-experts-00000-of-00001.safetensors, and belongs into one"
-        ),
     ),
     "an expert has other rows": (
         NATIVE,
         lambda folder: edit(
-            folder / SHARD,
+            folder / ONE,
             lambda tensors: tensors.update({EXPERT_2: tensors[EXPERT_2][:-1].clone()}),
         ),
-        f"'{EXPERT_2}' has 31 of 32 rows",
+        rf"'{EXPERT_2}' in .* is \[31, 32\] instead of \[32, 32\]",
     ),
     "a dense tensor is missing": (
         (),
-        lambda folder: edit(folder / DENSE_FILE, lambda tensors: tensors.pop(DENSE)),
+        lambda folder: edit(folder / ONE, lambda tensors: tensors.pop(DENSE)),
         f"'{DENSE}' is missing",
     ),
     "a tensor is unknown": (
         (),
-        lambda folder: edit(
-            folder / DENSE_FILE, lambda tensors: tensors.update(extra=torch.zeros(1))
-        ),
+        lambda folder: edit(folder / ONE, lambda tensors: tensors.update(extra=torch.zeros(1))),
         "do not fit its recipe, which has no 'extra'",
     ),
 }
@@ -233,15 +257,17 @@ def test_shares_of_two_ranks_are_whole(tmp_path: Path) -> None:
     recipe = recipe_with()
     weights = weights_of(recipe)
     write_weights_folder(tmp_path / "out", recipe, weights.items(), None)
-    split_over_two(tmp_path / "out")
-    assert torch.equal(open_whole_weights(tmp_path / "out", recipe.model).read(W1), weights[W1])
+    split_weights(tmp_path / "out", 2)
+    found = open_whole_weights(tmp_path / "out", recipe.model)
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in weights.items())
+    assert torch.equal(found.read(W1, 2), weights[W1][2])
 
 
 def test_the_manifest_notices_a_changed_file(tmp_path: Path) -> None:
     recipe = recipe_with()
     write_weights_folder(tmp_path / "out", recipe, weights_of(recipe).items(), None)
-    edit(tmp_path / "out" / DENSE_FILE, lambda tensors: tensors[DENSE].mul_(2))
-    assert (damage(tmp_path / "out") or "").startswith(DENSE_FILE)
+    edit(tmp_path / "out" / ONE, lambda tensors: tensors[DENSE].mul_(2))
+    assert (damage(tmp_path / "out") or "").startswith(ONE)
     (tmp_path / "out" / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         resolve_checkpoint(tmp_path / "out")

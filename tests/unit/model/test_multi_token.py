@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pretrain.checkpoint.weights import load_state_dict, write_weights
+from pretrain.checkpoint.weights import load_state_dict
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.decoder import DecoderLM, TrainOutput
 from pretrain.model.loss import IGNORED_LABEL
 from pretrain.model.multi_token import shifted_by_one
 from pretrain.optim.param_groups import parameter_role
+from tests.support.tiny_checkpoint import write_model
 from tests.support.tiny_model import KINDS, random_tokens, tiny_config, tiny_model
 
 MULTI_TOKEN = "model.multi_token_prediction={loss_weight: 0.3}"
@@ -241,9 +242,7 @@ def test_its_weights_are_saved_and_read_back(kind: str, tmp_path: Path) -> None:
         tiny_model(MULTI_TOKEN, KINDS[kind]),
         tiny_model(MULTI_TOKEN, KINDS[kind], seed=2),
     )
-    write_weights(
-        tmp_path, model, lambda parameter: parameter.detach(), rank=0, ep_size=1, num_experts=4
-    )
+    write_model(tmp_path, model)
     weights = load_state_dict(tmp_path)
     own = [name for name in weights if name.startswith("multi_token.")]
     assert len(own) >= 14 and weights.keys() == model.state_dict().keys()
