@@ -140,6 +140,15 @@ class CheckpointFolder:
                 self._set_aside(folder)
         self._clear()
 
+    def first_of_each(self, hours: float) -> set[int]:
+        """Return the steps of the oldest checkpoints that were saved in each ``hours`` hours."""
+        found: dict[int, int] = {}
+        for folder in reversed(layout.complete_checkpoints(self.path)):
+            saved_at = layout.read_state(folder).get("saved_at")
+            if saved_at is not None:
+                found.setdefault(int(saved_at / (3600 * hours)), layout.step_of(folder))
+        return set(found.values())
+
     def remove_from(self, step: int, kept: Path) -> None:
         """Remove the checkpoints of ``step`` and later ones, because the run goes back to ``kept``.
 

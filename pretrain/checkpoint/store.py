@@ -107,7 +107,6 @@ class CheckpointStore:
         self._ranks = SavingRanks(engine.topology)
         self._checkpoints = CheckpointFolder(folder, self._ranks)
         self._snapshots = Snapshot(), Snapshot()
-        self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def save(
         self,
@@ -290,8 +289,10 @@ class CheckpointStore:
                 open_whole_weights(temporary, self.engine.recipe.model)
                 self._checkpoints.publish(temporary, target, files)
                 self._checkpoints.point(content.pointers)
-                protected = {*content.pointers.values()}
                 config = self.engine.recipe.checkpoint
+                protected = {*content.pointers.values()}
+                if config.keep_every_hours is not None:
+                    protected |= self._checkpoints.first_of_each(config.keep_every_hours)
                 self._checkpoints.remove_old(content.step, config.keep_last, protected)
             except Exception as caught:
                 error = caught

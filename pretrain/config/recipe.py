@@ -102,6 +102,11 @@ class CheckpointConfig(Section):
         False,
         description="also keep the one with the lowest validation loss; checkpoints/best names it",
     )
+    keep_every_hours: float | None = Field(
+        None,
+        gt=0,
+        description="also keep the first checkpoint of every so many hours since 1970 (UTC)",
+    )
     keep_epochs: bool = Field(
         False,
         description=(

@@ -177,8 +177,11 @@ def test_damaged_data_is_refused_with_the_name_of_the_file(
     [
         (["seed=8"], 1, ("another seed (7 -> 8)",)),
         (["model.moe.top_k=1"], 1, ("another model (moe.top_k: 2 -> 1)",)),
-        (["train.micro_batch_size=4"], 1, ("another train.micro_batch_size (2 -> 4)",)),
-        ([], 2, ("zero_stage 1, not 2",)),
+        (
+            ["train.global_batch_size=16"],
+            1,
+            ("another train.global_batch_size (8 -> 16)",),
+        ),
     ],
 )
 def test_a_run_is_not_resumed_as_another_one(

@@ -6,12 +6,12 @@ the tests must notice.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrain.checkpoint import engine_state
 from pretrain.checkpoint import store as store_module
 from pretrain.checkpoint.layout import damage
 from pretrain.checkpoint.store import CheckpointStore
@@ -65,12 +65,10 @@ class Run:
         return nll / tokens
 
 
-def sabotage(run: Run, kind: str) -> None:
+def sabotage(kind: str) -> None:
     """Breaks one thing about resuming on purpose."""
     if kind == "optimizer_forgotten":
-        run.engine.deepspeed.load_checkpoint = partial(
-            run.engine.deepspeed.load_checkpoint, load_optimizer_states=False
-        )
+        engine_state.load_optimizer = lambda *_: None
     elif kind == "random_state_forgotten":
         store_module.restore_random_state = lambda _: torch.manual_seed(0)
     else:
@@ -130,12 +128,12 @@ def greedy(next_logits: NextLogits) -> tuple[list[int], torch.Tensor]:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    restore = store_module.restore_random_state
+    parts = store_module.restore_random_state, engine_state.load_optimizer
     try:
         return trained_and_resumed(case)
     finally:
         # A deliberate fault ends with its case.
-        store_module.restore_random_state = restore
+        store_module.restore_random_state, engine_state.load_optimizer = parts
 
 
 def trained_and_resumed(case: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +148,7 @@ def trained_and_resumed(case: dict[str, Any]) -> dict[str, Any]:
 
     resumed = Run(recipe, case["zero"], folder)
     if "sabotage" in case:
-        sabotage(resumed, case["sabotage"])
+        sabotage(case["sabotage"])
     loaded = resumed.store.load(resumed.store.newest() or Path("nothing was saved"))
     result = {
         "name": case["name"],
