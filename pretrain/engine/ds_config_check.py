@@ -174,7 +174,9 @@ def _is_of(value: Any, annotation: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return _is_of(value, inner) and (not is_number or _in_range(value, marks))
     if origin is typing.Literal:
-        return any(value == choice and type(value) is type(choice) for choice in _choices(annotation))
+        return any(
+            value == choice and type(value) is type(choice) for choice in _choices(annotation)
+        )
     if origin is list:
         return isinstance(value, list) and all(
             _is_of(entry, part) for part in typing.get_args(annotation) for entry in value
