@@ -40,6 +40,12 @@ def read_ds_config(path: str) -> JsonObject:
     content = parse_ds_config(text, path)
     refuse_credentials(content, path)
     check_ds_config(content, path)
+    # Only a program that calls pretrain/checkpoint/universal.py may ask for it.
+    if content.get("checkpoint", {}).get("load_universal"):
+        raise ConfigError(
+            f"{path}: 'checkpoint.load_universal' is refused: a run resumes from its own "
+            "checkpoints, on any number of ranks; leave it out"
+        )
     return content
 
 

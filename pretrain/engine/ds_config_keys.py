@@ -200,14 +200,74 @@ REFUSED = {
     "zero_force_ds_cpu_optimizer": (
         "the optimizer is the recipe's, and not DeepSpeed's CPU Adam: leave it out"
     ),
-    "checkpoint.load_universal": (
-        "a run resumes from its own checkpoints: use tools/convert_checkpoint.py for others"
-    ),
     "checkpoint.use_node_local_storage": "checkpoints need one folder that all nodes see",
     "checkpoint.parallel_write": "it is for DeepSpeed's pipeline engine, which is not used here",
     "checkpoint.checkpoint_serialization": "it would do nothing with this pipeline's checkpoints",
     "checkpoint.writer": "it would do nothing with this pipeline's checkpoints",
     "data_types.param_dtype": "the format of the weights is the recipe's train.precision",
+    "zero_optimization.allgather_partitions": "DeepSpeed reads it and never uses it: leave it out",
+    "zero_optimization.legacy_stage1": "DeepSpeed has removed it: leave it out",
+    "zero_optimization.elastic_checkpoint": (
+        "checkpoints of this pipeline resume on another number of ranks anyway: leave it out"
+    ),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": (
+        "DeepSpeed's save_16bit_model is never called here: use tools/convert_checkpoint.py"
+    ),
+    "zero_optimization.gather_16bit_weights_on_model_save": (
+        "DeepSpeed's save_16bit_model is never called here: use tools/convert_checkpoint.py"
+    ),
+    "zero_optimization.zenflow": "it needs DeepSpeed's own Adam; the optimizer is the recipe's",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": (
+        "it is for DeepSpeed's own Muon; the optimizer is the recipe's"
+    ),
+    "zero_optimization.offload_optimizer.ratio": (
+        "it needs DeepSpeed's own CPU Adam; the optimizer is the recipe's"
+    ),
+    "zero_optimization.offload_optimizer.super_offload": (
+        "it needs DeepSpeed's own CPU Adam; the optimizer is the recipe's"
+    ),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": (
+        "it needs DeepSpeed's own CPU Adam; the optimizer is the recipe's"
+    ),
+}
+_ANY = frozenset({1, 2, 3})
+_TWO = frozenset({1, 2})
+_THREE = frozenset({3})
+# Key of zero_optimization -> the stages whose optimizer DeepSpeed gives it to. Any other stage
+# ignores it in silence.
+STAGES: dict[str, frozenset[int]] = {
+    "contiguous_gradients": _ANY,
+    "reduce_scatter": _ANY,
+    "reduce_bucket_size": _ANY,
+    "overlap_comm": _ANY,
+    "offload_optimizer": _ANY,
+    "compute_grad_norm": _TWO,
+    "use_multi_rank_bucket_allreduce": _TWO,
+    "allgather_bucket_size": _TWO,
+    "ignore_unused_parameters": _TWO,
+    "round_robin_gradients": _TWO,
+    "parameter_alignment": _TWO,
+    "load_from_fp32_weights": _TWO,
+    "offload_param": _THREE,
+    "sub_group_size": _THREE,
+    "prefetch_bucket_size": _THREE,
+    "param_persistence_threshold": _THREE,
+    "model_persistence_threshold": _THREE,
+    "max_live_parameters": _THREE,
+    "max_reuse_distance": _THREE,
+    "module_granularity_threshold": _THREE,
+    "use_all_reduce_for_fetch_params": _THREE,
+    "allgather_sequential": _THREE,
+    "zero_hpz_partition_size": _THREE,
+    "zero_quantized_weights": _THREE,
+    "zero_quantized_nontrainable_weights": _THREE,
+    "zero_quantized_gradients": _THREE,
+    "memory_efficient_linear": _THREE,
+    "pipeline_loading_checkpoint": _THREE,
+    "override_module_apply": _THREE,
+    "log_trace_cache_warnings": _THREE,
+    "enable_sanity_checks": _THREE,
+    "leaf_module": _THREE,
 }
 # Not read by DeepSpeed's training, but found in ds_configs of other projects or of inference.
 ELSEWHERE = {
