@@ -216,6 +216,15 @@ REFUSED = {
     "zero_optimization.gather_16bit_weights_on_model_save": (
         "DeepSpeed's save_16bit_model is never called here: use tools/convert_checkpoint.py"
     ),
+    "zero_optimization.leaf_module": (
+        "the ranks' all-gathers of such a module do not match, and the training aborts"
+    ),
+    "bf16.immediate_grad_update": (
+        "only DeepSpeed's BF16_Optimizer reads it, which is not used here: leave it out"
+    ),
+    "fp16.fp16_master_weights_and_grads": (
+        "it needs DeepSpeed's own CPU Adam; the optimizer is the recipe's"
+    ),
     "zero_optimization.zenflow": "it needs DeepSpeed's own Adam; the optimizer is the recipe's",
     "zero_optimization.save_muon_momentum_buffer_in_memory": (
         "it is for DeepSpeed's own Muon; the optimizer is the recipe's"
@@ -267,7 +276,6 @@ STAGES: dict[str, frozenset[int]] = {
     "override_module_apply": _THREE,
     "log_trace_cache_warnings": _THREE,
     "enable_sanity_checks": _THREE,
-    "leaf_module": _THREE,
 }
 # Not read by DeepSpeed's training, but found in ds_configs of other projects or of inference.
 ELSEWHERE = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -14,6 +15,13 @@ from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.ds_config_keys import STAGES
+
+# ZeRO++: the weights are quantized by kernels.
+NEED_KERNELS = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
 
 
 def check_combination(ds_config: JsonObject, origin: str, recipe: Recipe) -> None:
@@ -31,8 +39,21 @@ def check_combination(ds_config: JsonObject, origin: str, recipe: Recipe) -> Non
     for key, value in zero.items():
         if (problem := _ignored(key, value, stage)) is not None:
             raise ConfigError(f"{origin}: {problem}")
+        if key in NEED_KERNELS and value is True and get_accelerator().device_name() == "cpu":
+            raise ConfigError(
+                f"{origin}: 'zero_optimization.{key}' needs kernels that DeepSpeed does not have "
+                "for a CPU: leave it out"
+            )
     for problem in (*_moe_problems(zero, stage, recipe), *_offload_problems(zero)):
         raise ConfigError(f"{origin}: 'zero_optimization.{problem}")
+    bf16 = ds_config.get("bf16", {})
+    if bf16.get("bf16_master_weights_and_grads") is True and (
+        bf16.get("bf16_optimizer_states") is not True
+    ):
+        raise ConfigError(
+            f"{origin}: 'bf16.bf16_master_weights_and_grads' alone needs DeepSpeed's own CPU Adam: "
+            "set 'bf16.bf16_optimizer_states' too, or leave it out"
+        )
     buckets = zero.get("allgather_bucket_size", AUTO)
     # DeepSpeed aligns partitions to two elements.
     if buckets != AUTO and buckets % 2:
@@ -53,7 +74,7 @@ def _ignored(key: str, value: Any, stage: int) -> str | None:
     # What overlap_comm is by default depends on the stage.
     if value == default or (name == "overlap_comm" and value is False):
         return None
-    if isinstance(value, dict) and value.get("device", "none") == "none" and name != "leaf_module":
+    if isinstance(value, dict) and value.get("device", "none") == "none":
         return None
     readers = " or ".join(str(number) for number in sorted(stages))
     return (

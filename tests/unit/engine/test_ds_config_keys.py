@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,6 @@ ACCEPTED: list[dict[str, Any]] = [
     zero(3, stage3_allgather_sequential=True),
     zero(3, stage3_use_all_reduce_for_fetch_params=True),
     zero(3, sub_group_size=100),
-    zero(3, leaf_module={"names": ["layers.0"]}),
     zero(3, memory_efficient_linear=False),
     zero(3, enable_sanity_checks=True),
     zero(3, log_trace_cache_warnings=True),
@@ -141,7 +141,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (zero(1, allgather_bucket_size=3), "is 3; it must be even"),
     (zero(1, offload_optimizer="cpu"), 'is "cpu"; it must be an object {...} or null'),
     (zero(1, offload_optimizer={"device": "gpu"}), 'it must be "none", "cpu" or "nvme"'),
-    (zero(3, leaf_module={"classes": [1]}), "it must be a list of a string"),
+    ({"comms_logger": {"prof_ops": "all_reduce"}}, "it must be a list"),
+    ({"data_types": {"keep_in_fp32_modules": [1]}}, "a list of a string"),
     ({"train_batch_size": "big"}, 'it must be a whole number at least 1 or "auto"'),
     ({"gradient_clipping": None}, 'is null; it must be a number at least 0 or "auto"'),
     ({"bf16": "auto"}, "'bf16' is \"auto\"; it must be an object"),
@@ -191,7 +192,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (zero(2, zero_quantized_weights=True), "has no effect at ZeRO stage 2, only at 3"),
     (zero(3, round_robin_gradients=True), "has no effect at ZeRO stage 3, only at 1 or 2"),
     (zero(3, zero_hpz_partition_size=2), "no secondary partition for a mixture of experts"),
-    (zero(3, zero_quantized_gradients=True), "does not go with a mixture of experts"),
+    (zero(3, zero_quantized_gradients=True), "needs kernels that DeepSpeed does not have"),
+    (zero(3, zero_quantized_weights=True), "needs kernels that DeepSpeed does not have"),
+    (zero(3, leaf_module={"names": ["layers.0"]}), "the training aborts"),
+    ({"bf16": {"immediate_grad_update": True}}, "BF16_Optimizer"),
+    ({"bf16": {"bf16_master_weights_and_grads": True}}, "'bf16.bf16_optimizer_states' too"),
+    ({"fp16": {"fp16_master_weights_and_grads": True}}, "CPU Adam"),
     (zero(1, reduce_scatter=False), "must stay true for a mixture of experts"),
     (zero(2, contiguous_gradients=False), "must stay true for a mixture of experts"),
     (zero(2, zenflow={"topk_ratio": 0.1}), "DeepSpeed's own Adam"),
@@ -202,6 +208,35 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 ]
 # The removed keys of zero_optimization have a case of their own.
 REFUSALS = [case for case in REFUSALS if not any("." in key for key in case[0])]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are there or not by the device."""
+    device = SimpleNamespace(device_name=lambda: "cpu")
+    monkeypatch.setattr("pretrain.engine.ds_config_rules.get_accelerator", lambda: device)
+
+
+def test_experts_do_not_go_with_quantized_gradients_on_a_gpu(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(device_name=lambda: "cuda")
+    monkeypatch.setattr("pretrain.engine.ds_config_rules.get_accelerator", lambda: device)
+    with pytest.raises(ConfigError, match="does not go with a mixture of experts"):
+        resolve(zero(3, zero_quantized_gradients=True), recipe)
+    resolve(zero(3, zero_quantized_weights=True), recipe)
+
+
+def test_a_dense_model_may_have_a_secondary_partition() -> None:
+    """With 2 ranks the losses were those of the same training without it."""
+    dense = ["model.moe=null", "model.layer_pattern.kind=all_dense", "model.intermediate_size=64"]
+    recipe = load_recipe("debug", dense)
+    for ds_config in (
+        zero(3, zero_hpz_partition_size=2),
+        zero(1, reduce_scatter=False),
+        zero(2, contiguous_gradients=False),
+    ):
+        resolve(ds_config, recipe)
 
 
 @pytest.mark.parametrize("ds_config,part", REFUSALS, ids=lambda case: json.dumps(case)[:70])
