@@ -42,7 +42,7 @@ def parse_ds_config(text: str, origin: str) -> JsonObject:
 
 
 def _without_pairs(value: Any, origin: str, path: str) -> Any:
-    """Turn every :class:`_Pairs` into a dictionary; the first key that is there twice is refused."""
+    """Return the value with plain dictionaries; a key that is there twice is refused."""
     if isinstance(value, _Pairs):
         result: JsonObject = {}
         for key, below in value:

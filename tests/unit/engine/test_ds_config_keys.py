@@ -1,4 +1,4 @@
-"""Each key of a ds_config is accepted or refused with words, as the installed DeepSpeed reads it."""
+"""Each key of a ds_config is accepted, or refused with words, as DeepSpeed reads it."""
 
 from __future__ import annotations
 
