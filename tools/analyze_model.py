@@ -26,6 +26,7 @@ from pretrain.core.shipped import recipe_names
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
 from pretrain.optim.config import Optimizer
+from pretrain.run.capacity import check_world_size
 from pretrain.run.memory import activation_bytes, state_bytes_per_rank
 
 EXAMPLES = """\
@@ -286,8 +287,7 @@ def main() -> None:
     world_size = (
         arguments.world_size if arguments.world_size is not None else recipe.parallel.ep_size
     )
-    if world_size < 1:
-        raise ConfigError(f"--world-size is {world_size}: give 1 or more")
+    check_world_size(world_size)
     result = analyze(recipe, world_size)
     if arguments.json_path != "-":
         print_tables(result)

@@ -111,7 +111,7 @@ class NearDuplicates(Section):
     threshold: Annotated[
         float, Field(gt=0, lt=1, description="Jaccard similarity of two documents' shingles")
     ] = 0.8
-    num_permutations: Positive = 128
+    num_permutations: Annotated[int, Field(ge=1, le=2**16)] = 128
     shingle_words: Positive = 5
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pretrain.core.registry import Component
-from pretrain.core.section import Positive, Section
+from pretrain.core.section import Positive, Section, Vocabulary
 
 
 class TokenPolicy(Section):
@@ -26,7 +26,7 @@ class TokenPolicy(Section):
 class TokenizerConfig(TokenPolicy, Component):
     """The fields that every kind of tokenizer has."""
 
-    vocab_size: Positive | None = Field(
+    vocab_size: Vocabulary | None = Field(
         None,
         description="entries; checked against the file, and used for planning before it is there",
     )
@@ -48,7 +48,7 @@ class TrainedTokenizer(TokenizerConfig):
     have to give the same bytes, or data that was built before is not recognised.
     """
 
-    vocab_size: Positive = Field(description="entries, special tokens included")
+    vocab_size: Vocabulary = Field(description="entries, special tokens included")
     sample_bytes: Positive = Field(
         1 << 30, description="of text that the training looks at, chosen by a hash of each document"
     )

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from pretrain.config.recipe import Recipe
 from pretrain.core.plugins import trust_remedy
 from pretrain.core.registry import OneOf, kinds_of
+from pretrain.core.section import WRONG_NUMBER
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -98,6 +99,10 @@ def sentence(detail: ErrorDetails, origin: str, not_imported: list[str]) -> str:
     """
     location = detail["loc"]
     dotted, fields = _walk(location)
+    if detail["type"] == WRONG_NUMBER:
+        # Found by the section, which pydantic names as the place.
+        prefix = f"{dotted}." if location else ""
+        return f"{origin}: '{prefix}{detail['ctx']['field']}': {detail['msg']}"
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), fields, n=2)
         hint = f"it takes {', '.join(fields)}"

@@ -18,7 +18,15 @@ from pretrain.config.phases import PhaseConfig
 from pretrain.config.schedules import CosineSchedule, ScheduleConfig
 from pretrain.config.trackers import CardConfig, TrackersConfig
 from pretrain.core.registry import OneOf
-from pretrain.core.section import NonNegative, Positive, Section
+from pretrain.core.section import (
+    NonNegative,
+    Positive,
+    Ranks,
+    Section,
+    Sequences,
+    SequenceTokens,
+    Tokens,
+)
 from pretrain.model.config import ModelConfig
 from pretrain.optim.config import Optimizer
 
@@ -31,10 +39,10 @@ class TrainConfig(Section):
     """
 
     # Sizes. One owner each: the ds_config's batch sizes and accumulation are filled in from these.
-    sequence_length: Positive = Field(description="tokens")
-    micro_batch_size: Positive = Field(description="sequences a rank holds at once")
-    global_batch_size: Positive = Field(description="sequences a step, over all ranks")
-    train_tokens: Positive = Field(
+    sequence_length: SequenceTokens = Field(description="tokens")
+    micro_batch_size: Sequences = Field(description="sequences a rank holds at once")
+    global_batch_size: Sequences = Field(description="sequences a step, over all ranks")
+    train_tokens: Tokens = Field(
         description=(
             "tokens of the whole run, rounded up to whole steps; each phase is rounded up too"
         )
@@ -83,7 +91,7 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How the ranks share the model. ZeRO is in the ds_config."""
 
-    ep_size: Positive = Field(1, description="ranks that share one set of experts")
+    ep_size: Ranks = Field(1, description="ranks that share one set of experts")
 
 
 class CheckpointConfig(Section):

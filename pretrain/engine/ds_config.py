@@ -10,11 +10,13 @@ from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
 from pretrain.core.shipped import ds_config_names, ds_config_path
+from pretrain.engine.ds_config_check import AUTO, check_ds_config
+from pretrain.engine.ds_config_file import parse_ds_config
+from pretrain.engine.ds_config_rules import check_combination, check_with_deepspeed
 from pretrain.engine.workarounds.bf16_overflow_check import OVERFLOW_CHECK
 from pretrain.engine.workarounds.gradient_dtype import check_gradient_dtype
 from pretrain.engine.workarounds.untested_optimizers import ALLOW_ANY_OPTIMIZER
 
-AUTO = "auto"
 # Section of the ds_config that would build what the recipe builds -> the recipe's section.
 OWNED_SECTIONS = {"optimizer": "optimizer", "scheduler": "schedule"}
 
@@ -23,20 +25,27 @@ def read_ds_config(path: str) -> JsonObject:
     """The JSON object in the file ``path``, or in the shipped ds_config of that name.
 
     Raises:
-        ConfigError: if the file is missing, is not a JSON object, or holds a credential.
+        ConfigError: if the file is missing, is not a JSON object, holds a credential, or a key
+            that is unknown, refused or of the wrong type.
     """
     try:
-        content = json.loads(ds_config_path(path).read_text(encoding="utf-8"))
+        text = ds_config_path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot read the ds_config {path}: {error.strerror}; shipped ones are"
             f" {', '.join(ds_config_names())}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, as ds_configs/zero1.json does")
+    content = parse_ds_config(text, path)
     refuse_credentials(content, path)
+    check_ds_config(content, path)
+    # Only a program that calls pretrain/checkpoint/universal.py may ask for it.
+    if content.get("checkpoint", {}).get("load_universal"):
+        raise ConfigError(
+            f"{path}: 'checkpoint.load_universal' is refused: a run resumes from its own "
+            "checkpoints, on any number of ranks; leave it out"
+        )
     return content
 
 
@@ -69,6 +78,8 @@ def resolve_ds_config(
         ConfigError: if the file sets a key that the recipe owns to another value; the sentence
             names both places.
     """
+    check_ds_config(ds_config, origin)
+    check_combination(ds_config, origin, recipe)
     # A deep copy; the caller's object stays as the file has it.
     resolved = json.loads(json.dumps(ds_config))
     for name, owner in OWNED_SECTIONS.items():
@@ -99,6 +110,7 @@ def resolve_ds_config(
     if zero_stage_of(resolved, origin) == 0:
         # We clip there ourselves, see pretrain/engine/workarounds/stage0_gradient_norm.py.
         resolved["gradient_clipping"] = 0.0
+    check_with_deepspeed(resolved, origin, world_size)
     return resolved
 
 

@@ -8,7 +8,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from pretrain.core.registry import Component, OneOf
-from pretrain.core.section import Effect, NonNegative, Positive, Section
+from pretrain.core.section import (
+    Effect,
+    Layers,
+    NonNegative,
+    Positive,
+    Section,
+    SequenceTokens,
+    Vocabulary,
+    Width,
+)
 from pretrain.model.attention.config import Attention
 from pretrain.model.init_config import Initialization, StandardInitialization
 from pretrain.model.moe.config import MoE, Role, RoutedMoE
@@ -202,25 +211,25 @@ class MultiTokenPrediction(Section):
 class ModelConfig(Section):
     """A decoder-only transformer: embedding, blocks of attention and feed-forward, head."""
 
-    vocab_size: Annotated[Positive | None, Effect.FUNCTION] = Field(
+    vocab_size: Annotated[Vocabulary | None, Effect.FUNCTION] = Field(
         None, description="tokens; taken from the tokenizer when left out"
     )
-    vocab_multiple: Annotated[Positive, Effect.NONE] = Field(
+    vocab_multiple: Annotated[Width, Effect.NONE] = Field(
         64,
         description="the embedding is padded to a multiple of this; padding is never sampled, "
         "exported nor counted",
     )
-    embedding_size: Positive | None = Field(
+    embedding_size: Width | None = Field(
         None,
         description="width of a factorised embedding, projected to hidden_size and back (Lan et "
         "al. 2020); hidden_size by default",
     )
-    hidden_size: Positive
-    num_hidden_layers: Positive
-    intermediate_size: Positive | None = Field(
+    hidden_size: Width
+    num_hidden_layers: Layers
+    intermediate_size: Width | None = Field(
         None, description="width of dense feed-forwards; needed where the pattern has dense layers"
     )
-    max_position_embeddings: Annotated[Positive, Effect.FUNCTION] = Field(
+    max_position_embeddings: Annotated[SequenceTokens, Effect.FUNCTION] = Field(
         2048, description="longest sequence in tokens"
     )
     attention: Annotated[Attention, OneOf()]
@@ -245,7 +254,7 @@ class ModelConfig(Section):
     output_z_loss_weight: Annotated[Weight, Effect.NONE] = Field(
         0.0, description="weight of mean(logsumexp(output logits)^2)"
     )
-    loss_chunk_tokens: Annotated[Positive, Effect.NONE] = Field(
+    loss_chunk_tokens: Annotated[SequenceTokens, Effect.NONE] = Field(
         1024, description="tokens whose logits are in memory at once during training"
     )
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pretrain.core.section import Positive, Section
+from pretrain.core.section import Section, Width
 
 
 class Initialization(Section):
@@ -30,23 +30,21 @@ class BaseWidths(Section):
     A width that is left out is the same there as here, and so does not grow.
     """
 
-    hidden_size: Positive
-    intermediate_size: Positive | None = Field(
+    hidden_size: Width
+    intermediate_size: Width | None = Field(
         None, description="of dense feed-forwards; needed where there are any"
     )
-    moe_intermediate_size: Positive | None = Field(
+    moe_intermediate_size: Width | None = Field(
         None, description="of one expert; needed where there are any"
     )
-    shared_intermediate_size: Positive | None = Field(
+    shared_intermediate_size: Width | None = Field(
         None, description="of one shared expert; needed where the model gives it"
     )
-    num_attention_heads: Positive
-    num_key_value_heads: Positive | None = Field(
-        None, description="needed by attention of kind gqa"
-    )
-    head_dim: Positive | None = None
-    q_lora_rank: Positive | None = None
-    kv_lora_rank: Positive | None = None
+    num_attention_heads: Width
+    num_key_value_heads: Width | None = Field(None, description="needed by attention of kind gqa")
+    head_dim: Width | None = None
+    q_lora_rank: Width | None = None
+    kv_lora_rank: Width | None = None
 
 
 class MaximalUpdate(Initialization):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from pretrain.core.registry import Component
-from pretrain.core.section import Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +203,7 @@ class MuonConfig(Optimizer):
     kind: Literal["muon"]
     momentum: Beta = 0.95
     nesterov: bool = True
-    newton_schulz_steps: Positive = 5
+    newton_schulz_steps: Annotated[int, Field(ge=1, le=100)] = 5
     newton_schulz_precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="of the orthogonalisation; 'auto': bf16 on GPUs, as it was published, else "

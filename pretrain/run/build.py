@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,16 @@ from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
-from pretrain.engine.topology import Topology, connect, world_size_from_environment
+from pretrain.engine.topology import (
+    Topology,
+    connect,
+    starts_as_first_rank,
+    world_size_from_environment,
+)
 from pretrain.guards.incidents import IncidentLog
 from pretrain.guards.policy import GuardPolicy
 from pretrain.model.sizes import model_size, peak_flops
+from pretrain.run.capacity import check_machine, demand_of, this_machine
 from pretrain.run.folder import CHECKPOINTS, USAGE
 from pretrain.run.resolve import resolve_config
 from pretrain.training.checkpointing import Checkpoints, RunParts
@@ -123,6 +130,11 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
         choose_precision=resolve_precision,
         datasets=datasets,
     )
+    machine = this_machine()
+    demand = demand_of(config, machine.gpu_bytes is not None)
+    warning = check_machine(demand, machine, config.world_size)
+    if warning is not None and starts_as_first_rank(os.environ):
+        print(f"warning: {warning}", file=sys.stderr)
     share_cores()
     if recipe.train.deterministic:
         # Before the first CUDA kernel: cuBLAS reads its workspace size once.

@@ -22,6 +22,7 @@ from pretrain.core.cli import write_json
 from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.engine.topology import starts_as_first_rank, world_size_from_environment
+from pretrain.run.capacity import check_any_machine, check_world_size, demand_of
 from pretrain.run.estimate import hardware_of
 from pretrain.run.folder import CHECKPOINTS
 from pretrain.run.plan import make_plan
@@ -37,9 +38,10 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
         ConfigError, DataError, CheckpointError: as the run would, as far as nothing has to be
             started for it.
     """
-    world_size = options.world_size or max(
-        world_size_from_environment(os.environ), recipe.parallel.ep_size
-    )
+    world_size = options.world_size
+    if world_size is None:
+        world_size = max(world_size_from_environment(os.environ), recipe.parallel.ep_size)
+    check_world_size(world_size)
     zero_stage = zero_stage_of(ds_config, options.ds_config)
     datasets = _datasets_if_built(recipe)
     hardware = hardware_of(options)
@@ -52,6 +54,8 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
         choose_precision=hardware.choose_precision,
         datasets=datasets,
     )
+    # Of another machine only so much is known: it is no larger than the largest there is.
+    check_any_machine(demand_of(config, hardware.gpu is not None), world_size)
     first_step = planned_start(recipe)
     tokenizer_sha256 = datasets.tokenizer.sha256 if datasets else None
     notes = planned_weights(config.recipe, tokenizer_sha256)

@@ -23,6 +23,29 @@ def heads_fit(recipe: Recipe) -> None:
     recipe.model.attention.check("model.attention")
 
 
+# Elements of all heads, and experts of a layer: far above any model, and no product of them with
+# the other sizes overflows 64 bits.
+MOST_HEAD_ELEMENTS = 2**24
+MOST_EXPERTS = 2**32
+
+
+def sizes_can_be_counted(recipe: Recipe) -> None:
+    """Products of sizes must be countable: each size alone is bounded by its field."""
+    attention = recipe.model.attention
+    for what, elements in (("score", attention.score_dim), ("value", attention.value_dim)):
+        if elements > MOST_HEAD_ELEMENTS:
+            raise ConfigError(
+                f"model.attention has {elements} {what} elements in all heads, and no model has "
+                f"more than {MOST_HEAD_ELEMENTS}: lower num_attention_heads or the heads' sizes"
+            )
+    moe = recipe.model.moe
+    if moe is not None and moe.total_experts > MOST_EXPERTS:
+        raise ConfigError(
+            f"{moe.experts_field} are more experts in a layer than the {MOST_EXPERTS} that can be "
+            "told apart: lower them"
+        )
+
+
 def rotary_dim_is_even(recipe: Recipe) -> None:
     """A rotary embedding must have pairs to rotate."""
     attention = recipe.model.attention
@@ -250,6 +273,7 @@ def phases_can_run(recipe: Recipe) -> None:
 # In this order: a later rule may rely on the earlier ones, such as on whole phases.
 RULES: tuple[Callable[[Recipe], None], ...] = (
     heads_fit,
+    sizes_can_be_counted,
     rotary_dim_is_even,
     kernel_computes_the_recipe,
     layers_have_their_sections,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pretrain.core.errors import ConfigError
 from pretrain.core.registry import Component, NameOf
-from pretrain.core.section import Effect, Positive
+from pretrain.core.section import Effect, Positive, Width
 from pretrain.model.attention.kernels.config import Kernel
 
 
@@ -22,7 +22,7 @@ class Attention(Component):
 
     rotary_field: ClassVar[str]
 
-    num_attention_heads: Positive
+    num_attention_heads: Width
     sliding_window: Annotated[Positive | None, Effect.FUNCTION] = Field(
         None, description="tokens a query sees, itself included; all before it by default"
     )
@@ -123,8 +123,8 @@ class GroupedQueryAttentionConfig(Attention):
     implementation: ClassVar[str] = "pretrain.model.attention.gqa:GroupedQueryAttention"
     rotary_field: ClassVar[str] = "head_dim"
     kind: Literal["gqa"] = "gqa"
-    num_key_value_heads: Positive
-    head_dim: Positive
+    num_key_value_heads: Width
+    head_dim: Width
     bias: Literal["none", "qkv", "all"] = Field(
         "none",
         description="which projections have one: none, queries keys and values, or the output too",
@@ -183,19 +183,19 @@ class MultiHeadLatentAttentionConfig(Attention):
     implementation: ClassVar[str] = "pretrain.model.attention.mla:MultiHeadLatentAttention"
     rotary_field: ClassVar[str] = "qk_rope_head_dim"
     kind: Literal["mla"]
-    q_lora_rank: Positive | None = Field(
+    q_lora_rank: Width | None = Field(
         None,
         description="elements of the latent that queries are made of; of the hidden state by "
         "default",
     )
-    kv_lora_rank: Positive = Field(
+    kv_lora_rank: Width = Field(
         description="elements of the latent that keys and values are made of"
     )
-    qk_rope_head_dim: Positive = Field(
+    qk_rope_head_dim: Width = Field(
         description="elements of a query, and of the shared key, that are rotated"
     )
-    qk_nope_head_dim: Positive = Field(description="elements of a head's own key, never rotated")
-    v_head_dim: Positive
+    qk_nope_head_dim: Width = Field(description="elements of a head's own key, never rotated")
+    v_head_dim: Width
     latent_norm: Literal["rms_norm", "layer_norm"] = Field(
         "rms_norm", description="of both latents; DeepSeek's is rms_norm"
     )

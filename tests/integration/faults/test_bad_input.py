@@ -107,7 +107,7 @@ def test_native_experts_are_refused_with_zero_3(tiny: Tiny, tmp_path: Path, trai
         (None, ("cannot read the ds_config",)),
         ("{not json", ("is not valid JSON",)),
         ("[1]", ("must hold a JSON object",)),
-        (json.dumps({"zero_optimization": {"stage": 7}}), ("zero_optimization.stage is 7",)),
+        (json.dumps({"zero_optimization": {"stage": 7}}), ("'zero_optimization.stage' is 7",)),
         (
             json.dumps({"train_batch_size": 64}),
             ("'train_batch_size' is 64", "train.global_batch_size says 8", '"auto"'),

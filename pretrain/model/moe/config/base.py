@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pretrain.core.registry import Component, OneOf
-from pretrain.core.section import Effect, NonNegative, Positive, Section, Share
+from pretrain.core.section import Effect, Experts, Section, Share, Width
 from pretrain.model.moe.routers import Router, SoftmaxTopK
 
 Weight = Annotated[float, Field(ge=0)]
@@ -74,11 +74,11 @@ class MoE(Component):
     scales_with_width: ClassVar[bool] = False
     has_universal_checkpoints: ClassVar[bool] = False
 
-    moe_intermediate_size: Positive = Field(description="hidden units of one expert")
-    num_shared_experts: NonNegative = Field(
+    moe_intermediate_size: Width = Field(description="hidden units of one expert")
+    num_shared_experts: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0, description="experts that see every token, as one feed-forward of their joint width"
     )
-    shared_intermediate_size: Positive | None = Field(
+    shared_intermediate_size: Width | None = Field(
         None, description="width of one shared expert; moe_intermediate_size by default"
     )
     shared_expert_gate: bool = Field(
@@ -228,8 +228,8 @@ class RoutedMoE(MoE):
     """Experts with a router that scores every one of them."""
 
     scales_with_width: ClassVar[bool] = True
-    num_experts: Positive
-    top_k: Annotated[Positive, Effect.FUNCTION]
+    num_experts: Experts
+    top_k: Annotated[Experts, Effect.FUNCTION]
     router: Annotated[Router, OneOf()] = SoftmaxTopK()
     aux_loss_weight: Annotated[Weight, Effect.NONE] = Field(
         0.01,

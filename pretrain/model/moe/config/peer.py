@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.core.section import Effect, Positive
+from pretrain.core.section import Effect, Experts, Width
 from pretrain.model.moe.config.base import MoE, Role
 
 _KEYS = "retrieval.keys_"
@@ -31,21 +31,21 @@ class PEERConfig(MoE):
     has_tables: ClassVar[bool] = True
     forms_expert_outputs: ClassVar[bool] = False
     kind: Literal["peer"]
-    product_key_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+    product_key_sizes: Annotated[tuple[Width, ...], Field(min_length=1)] = Field(
         description="sub-keys of each dimension; their product is the number of experts"
     )
-    num_heads: Positive = Field(
+    num_heads: Width = Field(
         8,
         description="queries a token asks, each with a choice of its own; keys and experts are "
         "shared",
     )
-    top_k: Annotated[Positive, Effect.FUNCTION] = Field(
+    top_k: Annotated[Experts, Effect.FUNCTION] = Field(
         16,
         description="experts a head takes; with 1 its softmax is always 1, and keys and queries "
         "learn "
         "nothing",
     )
-    query_dim: Positive = Field(
+    query_dim: Width = Field(
         256, description="size of one head's query, cut into one part a dimension"
     )
     query_bias: bool = False
@@ -55,7 +55,7 @@ class PEERConfig(MoE):
         "those of "
         "the batch would show later tokens",
     )
-    moe_intermediate_size: Positive = Field(1, description="hidden units of one expert")
+    moe_intermediate_size: Width = Field(1, description="hidden units of one expert")
     expert_kernel: Annotated[Literal["auto", "plain", "bags", "triton"], Effect.NONE] = Field(
         "auto", description="'auto': triton on CUDA, else torch's embedding bags"
     )
