@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 
 from pretrain.callbacks.base import Callback, MetricsRecord
+from pretrain.core.files import write_synced
 
 METRICS = "metrics.jsonl"
 TRAINING_LOG = "training_log.csv"
@@ -70,10 +70,7 @@ class MetricsFiles(Callback):
         """Remove what is beyond step ``step``."""
         kept = [record for record in read_records(self.jsonl) if record["step"] <= step]
         # A kill while the file is written anew must not cost the records that it keeps.
-        temporary = self.jsonl.with_suffix(".tmp")
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        temporary.write_text(lines, encoding="utf-8")
-        os.replace(temporary, self.jsonl)
+        write_synced(self.jsonl, "".join(json.dumps(record) + "\n" for record in kept).encode())
         with self.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
             writer.writeheader()

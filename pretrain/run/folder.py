@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from pretrain.checkpoint.initialize_from import REPORT as INITIAL_WEIGHTS
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
+from pretrain.core.credentials import redact
 from pretrain.core.errors import ConfigError
-from pretrain.core.files import JsonObject, only_writer
+from pretrain.core.files import JsonObject, only_writer, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,13 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+class _Redacting(logging.Formatter):
+    """Keeps credentials out of the log: libraries log addresses and options as they get them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def log_to_file(folder: Path, rank: int) -> None:
     """Send every library's log records and warnings to log.txt.
 
@@ -92,7 +99,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(
-        logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
+        _Redacting(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
     )
     root = logging.getLogger()
     # In place of the handlers that libraries have added, which would write to the terminal.
@@ -141,7 +148,5 @@ def update_summary(folder: Path, values: Mapping[str, object]) -> JsonObject:
     path = folder / SUMMARY
     summary = {**read_summary(folder), **values}
     # A reader, such as a sweep, must never see half of it.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_synced(path, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
