@@ -59,10 +59,10 @@ SITES = {
     "load.weights": "before weights are restored",
     "load.optimizer": "before optimizer state is restored",
     "load.end": "everything is restored",
-    "data.read": "before the loader reads a batch",
+    "data.read": "before the loader reads the batches of a step",
     "preprocess.unit": "before a worker converts a unit of documents",
     "preprocess.merge": "before finished units are merged into a shard",
-    "preprocess.publish": "before shards and manifest get their final names",
+    "preprocess.publish": "before a shard, and at last the manifest, gets its final name",
 }
 # Where ``poison`` is called.
 TAKES_NAN = ("step.backward",)

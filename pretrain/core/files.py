@@ -68,6 +68,17 @@ def _umask() -> int:
         return mask
 
 
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system inside the block name the file: those of a write do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it.
 
@@ -75,10 +86,11 @@ def write_synced(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_bytes(data)
-        # Content before name: after a power loss a rename may survive that data has not.
-        fsync_path(temporary)
-        os.replace(temporary, path)
+        with named_in_errors(path):
+            temporary.write_bytes(data)
+            # Content before name: after a power loss a rename may survive that data has not.
+            fsync_path(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     # The rename itself is a change of the folder.

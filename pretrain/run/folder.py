@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -91,13 +92,28 @@ class _Redacting(logging.Formatter):
         return redact(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log that does not end up on the terminal, as a traceback, if it cannot be written."""
+
+    _is_reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that the log lacks records; what a run cannot do without fails by itself."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_reported:
+            self._is_reported = True
+            print(f"warning: cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)
+
+
 def log_to_file(folder: Path, rank: int) -> None:
     """Send every library's log records and warnings to log.txt.
 
     The terminal stays free for the progress bar and the results.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler = _LogFile(folder / LOG, encoding="utf-8")
     handler.setFormatter(
         _Redacting(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pretrain.core.errors import ConfigError
-from pretrain.core.files import appearing_folder, make_durable_folder, only_writer
+from pretrain.core.files import appearing_folder, make_durable_folder, only_writer, write_synced
 from tests.support.paths import ROOT
 
 
@@ -120,3 +120,13 @@ def test_published_files_follow_the_umask(mask: str, mode: int, tmp_path: Path) 
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert modes == {"synced": mode, "tensors": mode}
     assert (tmp_path / "out").stat().st_mode & 0o777 == mode | (mode & 0o444) >> 2
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path) -> None:
+    write_synced(tmp_path / "file", b"old")
+    (tmp_path / "file.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_synced(tmp_path / "file", b"new")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
