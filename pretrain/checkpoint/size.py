@@ -32,7 +32,9 @@ def checkpoint_bytes(recipe: Recipe, world_size: int = 1, zero_stage: int = 1) -
     matrices = size.parameters_matrices + size.parameters_sharded - rows
     others = size.parameters_stored - matrices - rows
     tensors = (matrices + others) * (WEIGHTS_BYTES + copy + master)
-    tensors += matrices * optimizer.matrix_state_bytes + others * optimizer.other_state_bytes
+    state = matrices * optimizer.matrix_state_bytes + others * optimizer.other_state_bytes
+    # Without ZeRO, DeepSpeed writes it next to the model and once more with the experts.
+    tensors += state * (2 if zero_stage == 0 else 1)
     sparse = optimizer.sparse_optimizer
     tensors += rows * (WEIGHTS_BYTES + (0 if sparse is None else sparse.matrix_state_bytes))
     experts = recipe.model.total_experts * recipe.model.num_hidden_layers
