@@ -11,7 +11,7 @@ REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
 
 .PHONY: help requirements install quickstart lint test-unit test test-full
-.PHONY: benchmark bench-data bench-peer bench-training clean
+.PHONY: benchmark bench-data bench-peer bench-training soak clean
 
 help:
 	@echo "make quickstart      corpus, shards, pretraining, evaluation, export, text; 9 to 15 minutes on 2 cores"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-data      data pipeline and loader against Megatron's, with the cost of each stage"
 	@echo "make bench-peer      PEER's table products; PEER against dense and dropless layers; MLA against GQA"
 	@echo "make bench-training  optimizers, compiled blocks, branches of a run, deterministic mode; after the quickstart"
+	@echo "make soak            a run that is killed 100 times against one that is not, about an hour on 2 cores"
 	@echo "make clean           remove data/ and runs/ of the quickstart and debug recipes"
 	@echo "Every target but help and clean first installs into $(VENV). WORKERS=N sets the processes of the tests."
 
@@ -81,6 +82,10 @@ bench-training: install
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/wsd_branches.py
 	$(BIN)/python benchmarks/deterministic_mode.py
+
+soak: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/soak.py --kills 100 --overwrite \
+		--output benchmarks/results/soak.json
 
 clean:
 	rm -rf data/quickstart data/debug runs/quickstart runs/debug

@@ -19,6 +19,7 @@ from data_pipeline.loading.prefetch import PrefetchWait
 from data_pipeline.loading.shuffle import shuffled
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.manifest import canonical_sha256
+from pretrain.core import faults
 from pretrain.core.errors import DataError
 from pretrain.core.files import JsonObject
 
@@ -224,6 +225,7 @@ class ShardLoader:
         return self._offset + phase.first_block + read
 
     def _read(self, step: int) -> list[Batch]:
+        faults.reached("data.read")
         phase = self.phase_at(step)
         numbers = self.sample_numbers(step)
         size = phase.micro_batch_size

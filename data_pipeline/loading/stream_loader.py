@@ -20,6 +20,7 @@ from data_pipeline.loading.plan import LoaderPlan, check_micro_batches
 from data_pipeline.loading.prefetch import PrefetchWait
 from data_pipeline.loading.source_stream import Place, SourceStream
 from data_pipeline.shards.datasets import Datasets
+from pretrain.core import faults
 from pretrain.core.errors import DataError
 from pretrain.core.files import JsonObject
 
@@ -228,6 +229,7 @@ class StreamLoader:
 
     def _read(self, step: int) -> Step:
         """The batches of a step; the steps must come in order, since the sources advance."""
+        faults.reached("data.read")
         size = self.micro_batch_size
         named = list(self.sources.items())
         owners, _ = self._interleaving.slots(

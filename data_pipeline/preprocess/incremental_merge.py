@@ -26,6 +26,7 @@ from data_pipeline.preprocess.merge import (
 from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.shards.indexed import IndexedWriter, WrittenShard, bin_path, idx_path
 from data_pipeline.shards.split import SPLITS, SplitName
+from pretrain.core import faults
 
 
 class GrowingShards:
@@ -120,6 +121,7 @@ class GrowingShards:
         if shard is None or shard.pieces != plan.pieces:
             return None
         written = shard.finish()
+        faults.reached("preprocess.merge")
         place = self.workspace / "shards" / plan.name
         # The .bin before the .idx, as an index must never name tokens that do not exist.
         os.replace(bin_path(shard.prefix), bin_path(place))

@@ -21,6 +21,7 @@ from data_pipeline.shards.indexed import (
 )
 from data_pipeline.shards.manifest import ShardEntry
 from data_pipeline.shards.split import SPLITS, SplitName
+from pretrain.core import faults
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def write_shard(plan: ShardPlan) -> ShardRecord:
     for path in (bin_path(prefix), idx_path(prefix)):
         path.unlink(missing_ok=True)
     with no_space_is_told(workspace), IndexedWriter(prefix, np.dtype(plan.dtype)) as writer:
+        faults.reached("preprocess.merge")
         for piece in plan.pieces:
             append_piece(writer, workspace, plan.split, piece)
         return keep_record(plan, writer.finish())

@@ -24,6 +24,7 @@ from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.engines import EngineUnavailableError
 from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+from pretrain.core import faults
 from pretrain.core.errors import ConfigError, DataError
 
 # Texts and ids of a batch stay in a core's cache on their way from JSON to the file.
@@ -80,6 +81,7 @@ def encode_unit(job: Job) -> UnitRecord:
         attempt(Path(task.workspace), place) as folder,
         ExitStack() as stack,
     ):
+        faults.reached("preprocess.unit")
         report = stack.enter_context((folder / LEFT_OUT).open("w", encoding="utf-8"))
         reader = Reader(task, number, unit, report)
         part = stack.enter_context(PartWriter(task, folder, unit.source))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from pretrain.core import faults
 from pretrain.core.errors import StorageError
 from pretrain.core.files import JsonObject, fsync_path, write_synced
 
@@ -220,9 +221,11 @@ def finish_publishing(workspace: Path, output: Output) -> bool:
     for name in found["names"]:
         staged = workspace / "shards" / name
         if staged.exists():
+            faults.reached("preprocess.publish")
             os.replace(staged, output.folder / name)
     # The renames must be on disk before a manifest can vouch for the files.
     fsync_path(output.folder)
+    faults.reached("preprocess.publish")
     write_synced(output.manifest, found["manifest"].encode())
     shutil.rmtree(workspace, ignore_errors=True)
     return True

@@ -23,50 +23,61 @@ import psutil
 from pretrain.callbacks.base import Callback
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
-from pretrain.core.credentials import is_credential_name, redact
+from pretrain.core.credentials import redact
 from pretrain.core.files import JsonObject, write_synced
 
 ENVIRONMENT = "environment.json"
 RECIPE = "recipe.yaml"
 DS_CONFIG = "ds_config.json"
-# What decides how ranks start, find each other and compute: names, or how they begin. Any other
-# variable may be private and is left out.
-VARIABLES = (
-    # launchers
-    "RANK",
-    "LOCAL_",
-    "WORLD_SIZE",
-    "MASTER_",
-    "GROUP_",
-    "ROLE_",
-    "CROSS_",
-    "SLURM_",
-    "PMI_",
-    "PMIX_RANK",
-    "OMPI_COMM_WORLD_",
-    # computation
-    "OMP_",
-    "MKL_",
-    "CUDA_",
-    "CUBLAS_",
-    "NVIDIA_VISIBLE_DEVICES",
-    "HIP_",
-    "ROCR_",
-    "TORCH",
-    "PYTORCH_",
-    "TRITON_",
-    "DS_",
-    "PYTHONHASHSEED",
-    # communication
-    "NCCL_",
-    "GLOO_",
-    "FI_",
-    "UCX_",
-    # whether services are reached
-    "HF_HUB_OFFLINE",
-    "HF_DATASETS_OFFLINE",
-    "WANDB_MODE",
-    "COMET_START_ONLINE",
+# What decides how ranks start, find each other and compute, by exact names: any other variable may
+# be private, whatever it begins with.
+VARIABLES = frozenset(
+    (
+        # launchers
+        "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE GROUP_RANK GROUP_WORLD_SIZE "
+        "ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME CROSS_RANK CROSS_SIZE MASTER_ADDR MASTER_PORT "
+        "TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RUN_ID PMI_RANK "
+        "PMI_SIZE PMIX_RANK OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE "
+        "OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE SLURM_JOB_ID SLURM_JOB_NAME "
+        "SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES SLURM_JOB_PARTITION SLURM_ARRAY_JOB_ID "
+        "SLURM_ARRAY_TASK_ID SLURM_CLUSTER_NAME SLURM_CPUS_PER_TASK SLURM_CPUS_ON_NODE "
+        "SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_LOCALID SLURM_NNODES SLURM_NODEID "
+        "SLURM_NODELIST SLURM_NTASKS SLURM_NTASKS_PER_NODE SLURM_PROCID SLURM_RESTART_COUNT "
+        "SLURM_STEP_ID SLURM_STEP_NUM_TASKS SLURM_MEM_PER_NODE "
+        # computation
+        "OMP_NUM_THREADS OMP_PROC_BIND OMP_PLACES OMP_WAIT_POLICY KMP_AFFINITY KMP_BLOCKTIME "
+        "MKL_NUM_THREADS MKL_CBWR MKL_ENABLE_INSTRUCTIONS OPENBLAS_NUM_THREADS "
+        "CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_DEVICE_MAX_CONNECTIONS "
+        "CUDA_LAUNCH_BLOCKING CUDA_MODULE_LOADING CUDA_HOME CUDA_VERSION "
+        "CUBLAS_WORKSPACE_CONFIG NVIDIA_TF32_OVERRIDE NVIDIA_VISIBLE_DEVICES "
+        "NVIDIA_DRIVER_CAPABILITIES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES "
+        "PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF PYTORCH_HIP_ALLOC_CONF "
+        "TORCH_CUDA_ARCH_LIST TORCH_LOGS TORCH_SHOW_CPP_STACKTRACES "
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR "
+        "TORCHINDUCTOR_COMPILE_THREADS TORCH_COMPILE_DISABLE TORCHDYNAMO_DISABLE "
+        "TRITON_CACHE_DIR TRITON_INTERPRET DS_ACCELERATOR DS_SKIP_CUDA_CHECK PYTHONHASHSEED "
+        "FAULT "
+        # communication
+        "NCCL_ALGO NCCL_ASYNC_ERROR_HANDLING NCCL_BLOCKING_WAIT NCCL_BUFFSIZE "
+        "NCCL_COLLNET_ENABLE NCCL_CROSS_NIC NCCL_CUMEM_ENABLE NCCL_DEBUG NCCL_DEBUG_FILE "
+        "NCCL_DEBUG_SUBSYS NCCL_DMABUF_ENABLE NCCL_IB_CUDA_SUPPORT NCCL_IB_DISABLE "
+        "NCCL_IB_GID_INDEX NCCL_IB_HCA NCCL_IB_PCI_RELAXED_ORDERING "
+        "NCCL_IB_QPS_PER_CONNECTION NCCL_IB_RETRY_CNT NCCL_IB_SL NCCL_IB_TC NCCL_IB_TIMEOUT "
+        "NCCL_LAUNCH_MODE NCCL_MAX_CTAS NCCL_MAX_NCHANNELS NCCL_MIN_CTAS NCCL_MIN_NCHANNELS "
+        "NCCL_NET NCCL_NET_GDR_LEVEL NCCL_NET_GDR_READ NCCL_NET_PLUGIN NCCL_NSOCKS_PERTHREAD "
+        "NCCL_NTHREADS NCCL_NVLS_ENABLE NCCL_P2P_DISABLE NCCL_P2P_LEVEL "
+        "NCCL_P2P_NET_CHUNKSIZE NCCL_PROTO NCCL_PXN_DISABLE NCCL_SHM_DISABLE "
+        "NCCL_SOCKET_FAMILY NCCL_SOCKET_IFNAME NCCL_SOCKET_NTHREADS NCCL_TOPO_FILE "
+        "NCCL_TREE_THRESHOLD NCCL_TUNER_PLUGIN TORCH_NCCL_ASYNC_ERROR_HANDLING "
+        "TORCH_NCCL_BLOCKING_WAIT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC "
+        "TORCH_NCCL_AVOID_RECORD_STREAMS TORCH_NCCL_HIGH_PRIORITY "
+        "TORCH_NCCL_TRACE_BUFFER_SIZE TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_DISTRIBUTED_DEBUG "
+        "GLOO_SOCKET_IFNAME TP_SOCKET_IFNAME FI_PROVIDER FI_EFA_USE_DEVICE_RDMA "
+        "FI_EFA_FORK_SAFE UCX_NET_DEVICES UCX_TLS UCX_IB_GPU_DIRECT_RDMA "
+        # whether services are reached
+        "HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE WANDB_MODE "
+        "COMET_START_ONLINE "
+    ).split()
 )
 GIT_SECONDS = 30
 
@@ -130,14 +141,10 @@ class Start(TypedDict):
 def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of launchers and of libraries that compute and communicate.
 
-    Those whose name looks like a credential are left out, and such values are redacted.
+    Credentials in their values are redacted.
     """
-    shown = {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(VARIABLES) and not is_credential_name(name)
-    }
-    return {name: redact(value) for name, value in sorted(shown.items())}
+    names = sorted(VARIABLES & environment.keys())
+    return {name: redact(environment[name]) for name in names}
 
 
 def git_state(file: Path) -> GitState | None:
@@ -219,7 +226,7 @@ def environment_of(step: int, world_size: int) -> Start:
         "after_step": step,
         "world_size": world_size,
         "command": [redact(part) for part in sys.argv],
-        "folder": os.getcwd(),
+        "folder": redact(os.getcwd()),
         "python": sys.version.split()[0],
         "system": platform.platform(),
         "git": git_state(Path(__file__).resolve()),

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 
 from pretrain.callbacks.base import Callback, MetricsRecord
+from pretrain.core.files import named_in_errors, write_synced
 
 METRICS = "metrics.jsonl"
 TRAINING_LOG = "training_log.csv"
@@ -70,11 +70,8 @@ class MetricsFiles(Callback):
         """Remove what is beyond step ``step``."""
         kept = [record for record in read_records(self.jsonl) if record["step"] <= step]
         # A kill while the file is written anew must not cost the records that it keeps.
-        temporary = self.jsonl.with_suffix(".tmp")
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        temporary.write_text(lines, encoding="utf-8")
-        os.replace(temporary, self.jsonl)
-        with self.csv.open("w", newline="", encoding="utf-8") as file:
+        write_synced(self.jsonl, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        with named_in_errors(self.csv), self.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(record for record in kept if record["kind"] in CSV_KINDS)
@@ -82,9 +79,9 @@ class MetricsFiles(Callback):
     def on_record(self, record: MetricsRecord) -> None:
         """Append a record."""
         # Opened and closed for each record, so that a killed run loses none.
-        with self.jsonl.open("a", encoding="utf-8") as file:
+        with named_in_errors(self.jsonl), self.jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if record["kind"] not in CSV_KINDS:
             return
-        with self.csv.open("a", newline="", encoding="utf-8") as file:
+        with named_in_errors(self.csv), self.csv.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore").writerow(record)

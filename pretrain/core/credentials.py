@@ -17,12 +17,13 @@ NAME = re.compile(
     re.I,
 )
 # Keys as their issuers document them: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS,
-# Slack. Inside a URL: a password (unlike a port, it may contain a slash), a token in its place, and
+# Slack, Google, PyPI; JSON web tokens. Inside a URL: a password (unlike a port, it may contain a slash), a token in its place, and
 # the signature of a query.
 VALUE = re.compile(
     r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}"
     r"|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"
-    r"|github_pat_\w{40,}|glpat-[\w-]{20,}|A[KS]IA[A-Z0-9]{16}|xox[abeprs]-[\w-]{10,})\b"
+    r"|github_pat_\w{40,}|glpat-[\w-]{20,}|A[KS]IA[A-Z0-9]{16}|xox[abeprs]-[\w-]{10,}"
+    r"|AIza[\w-]{35}|pypi-[\w-]{40,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)\b"
     r"|(?<=://)([^/\s:@]*:(?!\d{1,5}/)[^\s@]+|[\w.~%-]{20,})(?=@)"
     r"|(?<=[?&])(?i:sig|signature|x-(amz|goog)-(signature|credential|security-token)"
     r"|((access|auth|api)_?)?(token|key)|password|secret)=[^&#\s]+"
@@ -37,11 +38,6 @@ REDACTED = "[redacted]"
 def redact(text: str) -> str:
     """The text with credentials replaced by ``[redacted]``."""
     return VALUE.sub(REDACTED, text)
-
-
-def is_credential_name(name: str) -> bool:
-    """Whether a variable of this name may hold a credential; prefers false positives."""
-    return re.search(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|JWT|COOKIE", name, re.I) is not None
 
 
 def refuse_credentials(content: Any, origin: str) -> None:

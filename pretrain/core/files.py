@@ -27,6 +27,58 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_durable_folder(path: Path) -> None:
+    """Create a folder and its missing parents, each name flushed to disk before the next one.
+
+    Without that a power loss may take a new ``a/b/c`` with everything in it, however well its
+    files were flushed.
+
+    Raises:
+        OSError: if one cannot be created.
+    """
+    missing = []
+    folder = path
+    while not folder.is_dir():
+        missing.append(folder)
+        # ``Path("a").parent`` is ``Path(".")``, and the parent of "/" is itself: both are there.
+        folder = folder.parent
+    for folder in reversed(missing):
+        # Another rank may have been faster.
+        folder.mkdir(exist_ok=True)
+        fsync_path(folder.parent)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions that ``open`` would have given it.
+
+    Libraries that write under a random name and rename (safetensors) leave files that only their
+    owner can read.
+    """
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(next(line for line in status.splitlines() if line.startswith("Umask"))[6:], 8)
+    except (OSError, StopIteration):
+        # Elsewhere it can only be read by setting it, for all threads.
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Errors of the operating system inside the block name the file: those of a write do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it.
 
@@ -34,10 +86,11 @@ def write_synced(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_bytes(data)
-        # Content before name: after a power loss a rename may survive that data has not.
-        fsync_path(temporary)
-        os.replace(temporary, path)
+        with named_in_errors(path):
+            temporary.write_bytes(data)
+            # Content before name: after a power loss a rename may survive that data has not.
+            fsync_path(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     # The rename itself is a change of the folder.
@@ -70,7 +123,7 @@ def only_writer(folder: Path, remedy: str) -> Iterator[None]:
         ConfigError: if another process writes to it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_durable_folder(folder)
     except OSError as error:
         raise StorageError(
             f"cannot create the folder {folder}: {error.strerror}; {remedy}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
 
-from pretrain.core import interrupts
+from pretrain.core import faults, interrupts
 from pretrain.core.shipped import CHECKOUT
 
 
@@ -19,6 +20,7 @@ def prepare() -> None:
     """
     interrupts.install()
     refuse_other_checkout()
+    faults.arm_or_exit(os.environ)
     quiet_libraries()
 
 

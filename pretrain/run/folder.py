@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from pretrain.checkpoint.initialize_from import REPORT as INITIAL_WEIGHTS
 from pretrain.checkpoint.layout import complete_checkpoints
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
+from pretrain.core.credentials import redact
 from pretrain.core.errors import ConfigError
-from pretrain.core.files import JsonObject, only_writer
+from pretrain.core.files import JsonObject, only_writer, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +85,37 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+class _Redacting(logging.Formatter):
+    """Keeps credentials out of the log: libraries log addresses and options as they get them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """A log that does not end up on the terminal, as a traceback, if it cannot be written."""
+
+    _is_reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that the log lacks records; what a run cannot do without fails by itself."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_reported:
+            self._is_reported = True
+            print(f"warning: cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)
+
+
 def log_to_file(folder: Path, rank: int) -> None:
     """Send every library's log records and warnings to log.txt.
 
     The terminal stays free for the progress bar and the results.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / LOG, encoding="utf-8")
+    handler = _LogFile(folder / LOG, encoding="utf-8")
     handler.setFormatter(
-        logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
+        _Redacting(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
     )
     root = logging.getLogger()
     # In place of the handlers that libraries have added, which would write to the terminal.
@@ -141,7 +164,5 @@ def update_summary(folder: Path, values: Mapping[str, object]) -> JsonObject:
     path = folder / SUMMARY
     summary = {**read_summary(folder), **values}
     # A reader, such as a sweep, must never see half of it.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_synced(path, (json.dumps(summary, indent=2) + "\n").encode())
     return summary

@@ -45,7 +45,7 @@ LAYERS: list[set[str]] = [
     {"pretrain.training"},
     {"pretrain.run"},
     {"pretrain.train"},
-    {"pretrain.sweeps"},
+    {"pretrain.sweeps", "pretrain.soak"},
     {"pretrain.__main__"},
 ]
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

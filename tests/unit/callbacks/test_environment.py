@@ -91,10 +91,20 @@ def test_variables_of_launchers_are_shown_and_private_ones_are_not() -> None:
         "HF_TOKEN": "d",
         "HOME": "/home/me",
         "AWS_SECRET_ACCESS_KEY": "e",
+        # They begin as known ones do.
+        "TRITON_CREDS": "f",
+        "LOCAL_PW": "g",
+        "DS_API": "h",
+        "NCCL_OF_MINE": "i",
+        "CUDA_VISIBLE_DEVICES_PASSPHRASE": "j",
     }
     assert launch_variables(shown | hidden) == shown
     assert launch_variables({"NCCL_NET": "https://me:pa55word@host/"}) == {
         "NCCL_NET": "https://[redacted]@host/"
+    }
+    key = "hf_" + "a" * 34
+    assert launch_variables({"TRITON_CACHE_DIR": f"/caches/{key}"}) == {
+        "TRITON_CACHE_DIR": "/caches/[redacted]"
     }
 
 

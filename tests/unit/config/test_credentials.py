@@ -95,6 +95,12 @@ def test_texts_are_redacted_and_others_are_left() -> None:
         == redact("sk-ant-api03-" + "a-1" * 12)
         == "[redacted]"
     )
+    assert (
+        redact("/caches/hf_" + "a" * 34 + "/triton")
+        == redact("/caches/eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl/triton")
+        == redact("/caches/AIza" + "a1-_B" * 7 + "/triton")
+        == "/caches/[redacted]/triton"
+    )
     assert redact(f"https://{HEX}@git.example.org/x") == "https://[redacted]@git.example.org/x"
     assert (
         redact("postgresql://u:p/w@h/db mlflow://h:5000/a@b")
