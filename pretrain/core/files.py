@@ -34,6 +34,8 @@ def write_synced(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".partial")
     try:
+        # Of a killed process, or a link that would lead the bytes elsewhere.
+        temporary.unlink(missing_ok=True)
         temporary.write_bytes(data)
         # Content before name: after a power loss a rename may survive that data has not.
         fsync_path(temporary)
