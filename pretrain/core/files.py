@@ -60,6 +60,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a path below a folder is, or goes through, a link that leaves the folder.
+
+    The hub's cache keeps the files of ``models--X/snapshots/REVISION`` in ``models--X/blobs``,
+    which belongs to the folder.
+    """
+    root = folder.resolve()
+    try:
+        found = path.resolve()
+    # A loop of links, or a name that no file can have.
+    except (OSError, RuntimeError, ValueError):
+        return True
+    if found.is_relative_to(root):
+        return False
+    return not (root.parent.name == "snapshots" and found.parent == root.parent.with_name("blobs"))
+
+
 @contextmanager
 def only_writer(folder: Path, remedy: str) -> Iterator[None]:
     """Create ``folder`` and lock it against other writers until the block or the process ends.

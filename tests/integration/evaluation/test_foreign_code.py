@@ -301,10 +301,13 @@ def test_what_runs_is_our_own_file_whatever_lies_in_the_cache_of_modules(
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
-    linked = tmp_path / "hf"
-    linked.mkdir()
-    for path in own_class.iterdir():
-        (linked / path.name).symlink_to(path)
+    linked = tmp_path / "models--own--hf" / "snapshots" / "0123"
+    linked.mkdir(parents=True)
+    blobs = linked.parent.parent / "blobs"
+    for number, path in enumerate(sorted(shutil.copytree(own_class, blobs).iterdir())):
+        # Content without a name, as the hub's cache keeps it.
+        (linked / path.name).symlink_to(f"../../blobs/{number}")
+        path.rename(blobs / str(number))
     bare = copy_of(
         own_class,
         tmp_path / "bare",
