@@ -192,6 +192,11 @@ def _check_instructions(pickle: bytes | IO[bytes], most: int) -> int:
 def _apply(instruction: pickletools.OpcodeInfo, argument: Any, stack: list[_Object]) -> None:
     """Take an instruction's operands from the stack, and put its results there."""
     name = instruction.name
+    text = argument if isinstance(argument, str) and len(argument) < LONGEST_NAME else ""
+    # Most instructions only push a constant.
+    if not instruction.stack_before:
+        stack += [_Object(0, text)] * len(instruction.stack_after)
+        return
     wanted = list(instruction.stack_before)
     inner: list[_Object] = []
     if pickletools.markobject in wanted:
@@ -204,9 +209,7 @@ def _apply(instruction: pickletools.OpcodeInfo, argument: Any, stack: list[_Obje
     # A list that grows is no deeper than its deepest entry makes it.
     container = below.pop(0).depth if name in EXTEND and below else 0
     depth = max(container, max((each.depth for each in (*inner, *below)), default=-1) + 1)
-    text = argument if isinstance(argument, str) and len(argument) < LONGEST_NAME else ""
-    if name == "TUPLE2":
-        text = below[1].text
+    text = below[1].text if name == "TUPLE2" else ""
     stack += [_Object(depth, text)] * len(instruction.stack_after)
 
 
