@@ -29,8 +29,8 @@ LONGEST_NAME = 1000
 ZIP_START = b"PK\x03\x04"
 # Magic number, protocol, machine, the object, and the keys of its storages; then the raw values.
 PICKLES_BEFORE_1_6 = 5
-# torch's advice is to load the file without the restriction, which is not ours.
-REFUSAL = re.compile(r"WeightsUnpickler error: (.*?)(?:\. |\.?$| Please )")
+# How torch names a function that it does not call.
+REFUSED = re.compile(r"\bGLOBAL ([\w.]+)")
 
 
 class _Object(NamedTuple):
@@ -121,8 +121,11 @@ def _fault(tensor: Tensor, file_bytes: int) -> str | None:
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if refusal := REFUSAL.search(text):
-        text = refusal[1]
+    if refused := REFUSED.search(text):
+        return f"it calls {refused[1][:100]}"
+    # torch's advice is to load the file without the restriction, which is not ours.
+    if "weights_only" in text:
+        return "torch's restricted loader refuses it"
     return text[:200] or type(error).__name__
 
 

@@ -76,6 +76,11 @@ def link_of_a_folder(folder: Path) -> None:
     edited(lambda files: files.update({"deep/file": layout.file_entry(outside / "file")}))(folder)
 
 
+def file_in_a_folder(folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "a" / "b").write_text("x")
+
+
 NAMES = (
     "../outside",
     "../../etc/passwd",
@@ -123,13 +128,7 @@ FILES: dict[str, Change] = {
     "a file that is not listed": lambda folder: (folder / "more.txt").write_text("x") and None,
     "a hidden file": lambda folder: (folder / ".more").write_text("") and None,
     "code": lambda folder: (folder / "evil.py").write_text("") and None,
-    "a file in a new folder": lambda folder: (
-        (
-            (folder / "a").mkdir(),
-            (folder / "a" / "b").write_text("x"),
-        )
-        and None
-    ),
+    "a file in a new folder": file_in_a_folder,
     "a listed file is gone": lambda folder: (folder / "tokenizer.json").unlink(),
 }
 MANIFESTS: dict[str, Change] = {

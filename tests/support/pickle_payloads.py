@@ -52,17 +52,6 @@ class WithItems:
         return list, (), None, iter([self.call])
 
 
-class WithSetter:
-    """The sixth entry of a reduction is called with the object and its state."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        function, *arguments = self.call.function, *self.call.arguments
-        return list, (), arguments[0], None, None, function
-
-
 def _named(module: str, attribute: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in attribute.split("."):
@@ -75,7 +64,6 @@ def _named(module: str, attribute: str) -> Any:
 CALLS: dict[str, tuple[Any, ...]] = {
     "os.system": ("SHELL",),
     "posix.system": ("SHELL",),
-    "os.popen": ("SHELL",),
     "subprocess.getoutput": ("SHELL",),
     "subprocess.check_call": (["touch", "CANARY"],),
     "subprocess.run": (["touch", "CANARY"],),
@@ -99,7 +87,6 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "gzip.open": ("CANARY", "wb"),
     "bz2.open": ("CANARY", "wb"),
     "lzma.open": ("CANARY", "wb"),
-    "timeit.timeit": ("CODE", "pass", None, 1),
     "cProfile.run": ("CODE", "/dev/null"),
     "torch.save": (1, "CANARY"),
     "numpy.memmap": ("CANARY", "uint8", "w+", 0, (1,)),
@@ -145,10 +132,6 @@ PLACES: dict[str, Callable[[Path], Any]] = {
     "behind tensors": lambda canary: {"model": {"w": torch.ones(2)}, "optimizer": shell(canary)},
     "as a state": lambda canary: {"x": WithState(shell(canary))},
     "as an item": lambda canary: {"x": WithItems(shell(canary))},
-    "as a setter of a state": lambda canary: {
-        "x": WithSetter(Call(_named("os", "listdir"), "/")),
-        "y": shell(canary),
-    },
     "by getattr": lambda canary: {"x": chained(canary)},
     "by partial": lambda canary: {
         "x": Call(
