@@ -29,6 +29,8 @@ from pretrain.core.shipped import RECIPES, recipe_names
 # folder of every sweep.
 RECORD = "recipe.yaml"
 MOST_VALUES = 200_000
+DEEPEST_BRACKETS = 200
+BRACKETS = re.compile(r"[][{}]")
 STUDY = "study.json"
 
 
@@ -68,6 +70,9 @@ def parse_yaml(text: str, origin: str) -> Any:
         ConfigError: if it is not valid, or its aliases make it too large.
     """
     try:
+        # Before the parser, which takes minutes for a thousand brackets and then no more stack.
+        if _bracket_depth(text) > DEEPEST_BRACKETS:
+            raise RecursionError
         value = yaml.load(text, Loader=RecipeLoader)
     except RecursionError:
         raise ConfigError(f"{origin} is not valid YAML: it is nested too deeply") from None
@@ -81,6 +86,15 @@ def parse_yaml(text: str, origin: str) -> Any:
             f"{origin} is not valid YAML: with its aliases it has more than {MOST_VALUES:,} values"
         )
     return value
+
+
+def _bracket_depth(text: str) -> int:
+    """Return how deeply brackets are nested, those in strings included."""
+    deepest = depth = 0
+    for bracket in BRACKETS.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _is_larger_than(value: Any, limit: int) -> bool:

@@ -217,7 +217,8 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
             )
         layered.add(match["layer"] is not None)
         place = int(match["layer"] or 0), int(match["expert"])
-        if max(place) > MOST or place in files:
+        # One layer's and all layers' files of an expert have one place: they are named below.
+        if max(place) > MOST or (place in files and len(layered) == 1):
             raise CheckpointError(
                 f"{path} is of an expert that the checkpoint cannot have: remove it"
             )
