@@ -49,6 +49,15 @@ class SavedGuards(_Saved):
     first: dict[str, Count] = {}
 
 
+class SavedEngine(_Saved):
+    """The types of :class:`pretrain.engine.engine.EngineCounts`."""
+
+    steps: Count = 0
+    samples: Count = 0
+    skipped: Count = 0
+    loss_scale: dict[str, float] = {}
+
+
 class SavedCounts(_Saved):
     """The types of :class:`pretrain.checkpoint.state.ParameterCounts`."""
 
@@ -78,6 +87,8 @@ class SavedState(_Saved):
     progress: SavedProgress = SavedProgress()
     data: JsonObject = {}
     guards: SavedGuards = SavedGuards()
+    engine: SavedEngine = SavedEngine()
+    saved_at: float = 0.0
     tokenizer_sha256: str | None = None
     world_size: Count = 1
     ep_size: Count = 1
