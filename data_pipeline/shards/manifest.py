@@ -45,6 +45,16 @@ class TokenizerEntry(ManifestPart):
     append_eod: bool = True
     prepend_bos: bool = False
 
+    @model_validator(mode="after")
+    def _tokens_are_in_the_vocabulary(self) -> TokenizerEntry:
+        # Such an id has no row in the embedding: training would end with an index error.
+        for name, token in (("eod", self.eod_id), ("bos", self.bos_id), ("pad", self.pad_id)):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{name}_id {token} is no id of a vocabulary of {self.vocab_size} tokens"
+                )
+        return self
+
 
 class SourceEntry(ManifestPart):
     """Counts of one source's records, documents and tokens.

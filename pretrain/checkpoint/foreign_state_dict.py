@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pretrain.checkpoint.pickled import load_pickled
+from pretrain.checkpoint.pickled import load_pickled, plain_tensors
 from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject
@@ -70,8 +70,9 @@ VAGUE = {
     "num_hidden_layers",
     "num_experts",
 }
-# How deep the sections of a configuration are looked through.
+# How deep the sections of a configuration are looked through, and how deep wrappers are nested.
 NESTED = 4
+MOST_WRAPPERS = 8
 SCALARS = bool | int | float | str
 
 Shape = tuple[int, ...]
@@ -197,14 +198,15 @@ def _content(path: Path) -> tuple[list[Entry], JsonObject]:
         return stored, _parsed(reader.metadata)
     content = load_pickled(path)
     config: JsonObject = {}
-    # Follow the wrappers inwards; the outermost configuration holds.
-    while True:
+    # Follow the wrappers inwards; the outermost configuration holds. A dictionary may be inside
+    # itself.
+    for _ in range(MOST_WRAPPERS):
         config = config or _first_dictionary(content, CONFIGS) or {}
         inside = _first_dictionary(content, WRAPPERS)
         if inside is None:
             break
         content = inside
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = plain_tensors(path, content)
     if not tensors:
         raise CheckpointError(
             f"{path} holds no tensors by name, neither at its top nor under {', '.join(WRAPPERS)}: "
@@ -282,10 +284,19 @@ def model_of_config(config: JsonObject, model: ModelConfig) -> ModelConfig | Non
 
 def _sections(config: JsonObject, depth: int) -> Iterator[JsonObject]:
     """Yield the mapping and the mappings inside it to ``depth``, from the outside in."""
-    yield config
-    for value in config.values():
-        if isinstance(value, dict) and depth:
-            yield from _sections(value, depth - 1)
+    # Level by level, each once: a file may name one mapping a thousand times at every level.
+    seen: set[int] = set()
+    level = [config]
+    for _ in range(depth + 1):
+        yield from level
+        seen.update(map(id, level))
+        inside = {
+            id(value): value
+            for section in level
+            for value in section.values()
+            if isinstance(value, dict) and id(value) not in seen
+        }
+        level = list(inside.values())
 
 
 def _alike(saved: bool | int | float | str, value: object) -> bool:

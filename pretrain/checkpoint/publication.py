@@ -15,7 +15,7 @@ from pathlib import Path
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.saving import SavingRanks
 from pretrain.core.errors import StorageError
-from pretrain.core.files import fsync_path, make_folder
+from pretrain.core.files import fsync_path, make_durable_folder
 from pretrain.engine.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class CheckpointFolder:
         if self.ranks.is_main:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
-                make_folder(temporary)
+                make_durable_folder(temporary)
                 problem = self._shortage(int(SPACE_MARGIN * needed) + SMALL_FILES_BYTES)
             except OSError as error:
                 problem = f"cannot make {temporary}: {error.strerror}"

@@ -16,7 +16,8 @@ from pretrain.checkpoint.foreign_state_dict import is_weights_file
 from pretrain.checkpoint.layout import resolve_checkpoint
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
-from pretrain.core.files import JsonObject
+from pretrain.core.files import JsonObject, leads_outside
+from pretrain.core.strict_json import NotAnObject, read_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -45,14 +46,21 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
     Those that are not there are left out.
 
     Raises:
-        CheckpointError: if one is larger than 64 MB, no JSON object or no UTF-8.
+        CheckpointError: if one is larger than 64 MB, no JSON object, no UTF-8 or a link to a file
+            elsewhere.
     """
+    templates = [folder / CHAT_TEMPLATE, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
+    # A checkpoint and an export get copies of these files: no other file may come into them.
+    for path in (*(folder / name for name in (*JSON_FILES, "config.json")), *templates):
+        if leads_outside(path, folder):
+            raise CheckpointError(
+                f"{path} is a link to a file elsewhere: put the file itself there"
+            )
     files = {
         name: _json_bytes(_without_code(_read_json(folder / name)))
         for name in JSON_FILES
         if (folder / name).is_file()
     }
-    templates = [folder / CHAT_TEMPLATE, *sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
     for path in templates:
         if path.is_file() and TEMPLATE_NAME.fullmatch(path.name):
             files[path.relative_to(folder).as_posix()] = _read(path).encode()
@@ -135,12 +143,9 @@ def _read(path: Path) -> str:
 
 def _read_json(path: Path) -> JsonObject:
     try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object: correct it or take it out")
-    return content
+        return read_object(path, finite=False)
+    except NotAnObject as error:
+        raise CheckpointError(f"{path} {error}: correct it or take it out") from None
 
 
 def _json_bytes(content: JsonObject) -> bytes:

@@ -28,6 +28,9 @@ from pretrain.core.shipped import RECIPES, recipe_names
 # The name of the recipe that runs, checkpoints and exports are saved with, and of a file in the
 # folder of every sweep.
 RECORD = "recipe.yaml"
+MOST_VALUES = 200_000
+DEEPEST_BRACKETS = 200
+BRACKETS = re.compile(r"[][{}]")
 STUDY = "study.json"
 
 
@@ -64,12 +67,49 @@ def parse_yaml(text: str, origin: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        ConfigError: if it is not valid.
+        ConfigError: if it is not valid, or its aliases make it too large.
     """
     try:
-        return yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+        # Before the parser, which takes minutes for a thousand brackets and then no more stack.
+        if _bracket_depth(text) > DEEPEST_BRACKETS:
+            raise RecursionError
+        value = yaml.load(text, Loader=RecipeLoader)
+    except RecursionError:
+        raise ConfigError(f"{origin} is not valid YAML: it is nested too deeply") from None
+    # The constructors of dates and numbers raise errors of Python's own: 2020-13-45 is no date.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{origin} is not valid YAML: {' '.join(str(error).split())[:400]}"
+        ) from None
+    if _is_larger_than(value, MOST_VALUES):
+        raise ConfigError(
+            f"{origin} is not valid YAML: with its aliases it has more than {MOST_VALUES:,} values"
+        )
+    return value
+
+
+def _bracket_depth(text: str) -> int:
+    """Return how deeply brackets are nested, those in strings included."""
+    deepest = depth = 0
+    for bracket in BRACKETS.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _is_larger_than(value: Any, limit: int) -> bool:
+    """Whether a value has more than ``limit`` values in it, each alias counted as a copy."""
+    # Ten lines of aliases of aliases make 10^9 values, which take no memory until they are walked.
+    count = 0
+    waiting = [value]
+    while waiting and count <= limit:
+        count += 1
+        each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+    return count > limit
 
 
 def read_recipe_file(name_or_path: str) -> tuple[JsonObject, str]:

@@ -87,6 +87,8 @@ def write_synced(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".partial")
     try:
         with named_in_errors(path):
+            # Of a killed process, or a link that would lead the bytes elsewhere.
+            temporary.unlink(missing_ok=True)
             temporary.write_bytes(data)
             # Content before name: after a power loss a rename may survive that data has not.
             fsync_path(temporary)
@@ -97,18 +99,27 @@ def write_synced(path: Path, data: bytes) -> None:
     fsync_path(path.parent)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents, with the names of all of them on disk."""
-    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        fsync_path(folder.parent)
-
-
 def file_sha256(path: Path) -> str:
     """A file's SHA-256 in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a path below a folder is, or goes through, a link that leaves the folder.
+
+    The hub's cache keeps the files of ``models--X/snapshots/REVISION`` in ``models--X/blobs``,
+    which belongs to the folder.
+    """
+    root = folder.resolve()
+    try:
+        found = path.resolve()
+    # A loop of links, or a name that no file can have.
+    except (OSError, RuntimeError, ValueError):
+        return True
+    if found.is_relative_to(root):
+        return False
+    return not (root.parent.name == "snapshots" and found.parent == root.parent.with_name("blobs"))
 
 
 @contextmanager

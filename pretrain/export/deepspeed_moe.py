@@ -12,6 +12,7 @@ separate file:
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.pickled import load_pickled
+from pretrain.checkpoint.pickled import load_pickled, plain_tensors
 from pretrain.checkpoint.tensor_files import TensorForm
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.convert import Conversion
@@ -35,11 +36,17 @@ from pretrain.export.writer import (
     write_weights,
 )
 
-MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+MODEL_FILE = re.compile(r"^mp_rank_([0-9]+)_model_states\.pt\Z")
 EXPERT_FILE = re.compile(
-    r"^(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<rank>\d+)_model_states\.pt$"
+    r"^(?:layer_(?P<layer>[0-9]+)_)?expert_(?P<expert>[0-9]+)_mp_rank_(?P<rank>[0-9]+)"
+    r"_model_states\.pt\Z"
 )
-STACKED = re.compile(r"^(?P<stem>.*\.experts\.w[123])\.(?P<expert>\d+)$")
+STACKED = re.compile(r"^(?P<stem>.*\.experts\.w[123])\.(?P<expert>[0-9]{1,9})\Z")
+# A tag is the name of a folder: "global_step300".
+TAG = re.compile(r"(?!\.)[\w.=-]{1,200}")
+LARGEST_LATEST_BYTES = 1000
+# No model has as many layers, or experts in one; a file that says so is damaged.
+MOST = 100_000
 
 
 class PickledTensors:
@@ -108,7 +115,7 @@ def import_deepspeed(
     main = _model_file(folder)
     counts = load_pickled(main).get("num_experts")
     tensors.add(main, "module")
-    for path in _expert_files(folder, counts if isinstance(counts, list) else []):
+    for path in _expert_files(folder, _checked_counts(main, counts)):
         tensors.add(path, None)
     links = _links(tensors)
     check_names(links, tensors)
@@ -147,14 +154,28 @@ def _links(tensors: PickledTensors) -> Links:
 def _tag_folder(source: Path) -> Path:
     latest = source / "latest"
     folder = source
-    if latest.is_file():
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if Path(tag).name != tag or not tag:
-            raise CheckpointError(f"{latest} names no folder beside it: give the folder of a tag")
+    if os.path.lexists(latest):
+        # A pipe would block, and a link may lead to any file.
+        plain = latest.is_file() and latest.stat().st_size < LARGEST_LATEST_BYTES
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip() if plain else ""
         folder = source / tag
+        if not TAG.fullmatch(tag) or folder.is_symlink():
+            raise CheckpointError(f"{latest} names no folder beside it: give the folder of a tag")
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}: give one of DeepSpeed's checkpoints")
     return folder
+
+
+def _checked_counts(main: Path, counts: object) -> list[int]:
+    """The number of experts of each MoE layer; empty if the file does not have it."""
+    if not isinstance(counts, list):
+        return []
+    # bool is an int in Python.
+    if len(counts) > MOST or not all(type(each) is int and 0 <= each <= MOST for each in counts):
+        raise CheckpointError(
+            f"{main} has num_experts that are no numbers of experts: the checkpoint is damaged"
+        )
+    return counts
 
 
 def _model_file(folder: Path) -> Path:
@@ -195,7 +216,13 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
                 " trained it first"
             )
         layered.add(match["layer"] is not None)
-        files[int(match["layer"] or 0), int(match["expert"])] = path
+        place = int(match["layer"] or 0), int(match["expert"])
+        # One layer's and all layers' files of an expert have one place: they are named below.
+        if max(place) > MOST or (place in files and len(layered) == 1):
+            raise CheckpointError(
+                f"{path} is of an expert that the checkpoint cannot have: remove it"
+            )
+        files[place] = path
     if len(layered) > 1:
         raise CheckpointError(
             f"{folder} has files of single layers' experts and of all layers' beside each other:"
@@ -203,25 +230,24 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
         )
     if layered == {False}:
         counts = [max(counts)] if counts else []
-    layers = (
-        range(len(counts)) if counts else range(max((layer for layer, _ in files), default=-1) + 1)
+    if not counts:
+        last: dict[int, int] = {}
+        for layer, expert in files:
+            last[layer] = max(last.get(layer, 0), expert)
+        counts = [last.get(layer, -1) + 1 for layer in range(max(last, default=-1) + 1)]
+    # Found before it is counted: the numbers may be far larger than what is there.
+    places = ((layer, expert) for layer, count in enumerate(counts) for expert in range(count))
+    lacking = next((place for place in places if place not in files), None)
+    stray = sorted(
+        place for place in files if place[0] >= len(counts) or place[1] >= counts[place[0]]
     )
-    expected = {
-        (layer, expert)
-        for layer in layers
-        for expert in range(
-            counts[layer]
-            if counts
-            else max((number for place, number in files if place == layer), default=-1) + 1
-        )
-    }
-    if missing := sorted(expected - files.keys()):
-        layer, expert = missing[0]
+    if lacking is not None:
+        missing = sum(counts) - (len(files) - len(stray))
         raise CheckpointError(
-            f"{folder} lacks expert {expert} of MoE layer {layer} ({len(missing)} missing): the"
+            f"{folder} lacks expert {lacking[1]} of MoE layer {lacking[0]} ({missing} missing): the"
             " checkpoint is incomplete"
         )
-    if stray := sorted(files.keys() - expected):
+    if stray:
         raise CheckpointError(
             f"{files[stray[0]]} is of an expert that the checkpoint does not have: remove it, it"
             " belongs to another one"
@@ -234,7 +260,7 @@ def _tensors(path: Path, section: str | None) -> dict[str, Tensor]:
     tensors = content if section is None else content.get(section)
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path} has no '{section}': it is no model file of DeepSpeed's")
-    return {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return plain_tensors(path, tensors)
 
 
 def _step(main: Path) -> int:

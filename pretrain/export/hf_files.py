@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.checkpoint.tokenizer_files import MORE_TEMPLATES
 from pretrain.core.errors import CheckpointError
-from pretrain.core.files import JsonObject
+from pretrain.core.files import JsonObject, leads_outside
 from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
 from pretrain.export.custom.target import AUTO_MAP, CLASS_FILES
 from pretrain.export.writer import (
@@ -73,6 +73,7 @@ def read_config(folder: Path) -> JsonObject:
         CheckpointError: if it is no JSON object with a ``model_type``, and when the folder holds
             or names code that is not this project's.
     """
+    _check_links(folder)
     config = read_json_object(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
@@ -111,17 +112,27 @@ def _entries(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         )
 
 
+def _check_links(folder: Path) -> None:
+    """Raises :class:`CheckpointError` for a link to a folder, or to a file elsewhere."""
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in folders):
+            # os.walk does not follow links, but an import does.
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{path} is a link to another folder, which may hold code: put a real folder"
+                    " there or remove it"
+                )
+        for path in (Path(place) / name for name in files):
+            if path.is_symlink() and leads_outside(path, folder):
+                raise CheckpointError(
+                    f"{path} is a link to a file elsewhere: put the file itself there or remove it"
+                )
+
+
 def _check_code_files(folder: Path, own: bool) -> None:
     """Raises :class:`CheckpointError` for code that is not a file of this project's class."""
     ours = {path.name: path.read_bytes() for path in CLASS_FILES} if own else {}
-    for place, folders, files in os.walk(folder):
-        for name in folders:
-            # os.walk does not follow links, but an import does.
-            if (Path(place) / name).is_symlink():
-                raise CheckpointError(
-                    f"{Path(place) / name} is a link to another folder, which may hold code: put a"
-                    " real folder there or remove it"
-                )
+    for place, _, files in os.walk(folder):
         for name in files:
             path = Path(place) / name
             if path.suffix.lower() not in CODE_SUFFIXES:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.checkpoint.layout import TOKENIZER
+from pretrain.checkpoint.layout import TOKENIZER, list_file
 from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.checkpoint.weights import open_weights
 from pretrain.checkpoint.weights_only import fill_weights_folder, tensor_shapes
@@ -97,6 +97,8 @@ def import_hf(
             recipe.name, 0, dtype, len(ours.names), size, parity, unchecked, left_out
         )
         write_json_file(folder / RECORD, conversion.to_dict())
+        # A checkpoint has no file that its manifest does not list.
+        list_file(folder, folder / RECORD)
     return conversion
 
 

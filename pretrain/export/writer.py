@@ -17,15 +17,16 @@ from tqdm import tqdm
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
 from pretrain.core.errors import CheckpointError, ConfigError, StorageError
 from pretrain.core.files import JsonObject, appearing_folder
+from pretrain.core.strict_json import NotAnObject, read_object
 
 WEIGHTS = "model.safetensors"
 SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "export.json"
+SHARD_NAME = re.compile(r"[\w][\w .+=@-]{0,200}\.safetensors")
 SHARD_BYTES = 5_000_000_000
 # Files of weights that are read by unpickling or by other frameworks.
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".pkl"}
-DEEPEST = 32
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -63,22 +64,14 @@ def read_json_object(path: Path) -> JsonObject:
     """The object in a JSON file that anybody may have written.
 
     Raises:
-        CheckpointError: if there is none, or it is nested so deeply that Python cannot walk it.
+        CheckpointError: if there is none, it has a key twice, or it is nested so deeply that Python
+            cannot walk it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(
-            f"{path} is missing or no JSON: give a whole Hugging Face folder"
-        ) from None
-    if not isinstance(content, dict) or any(
-        depth > DEEPEST for _, _, depth in json_fields(content)
-    ):
-        raise CheckpointError(
-            f"{path} is no JSON object, or nested more than {DEEPEST} times: give a whole Hugging"
-            " Face folder"
-        )
-    return content
+        # NaN and Infinity are in configs that transformers has written.
+        return read_object(path, finite=False)
+    except NotAnObject as error:
+        raise CheckpointError(f"{path} {error}: give a whole Hugging Face folder") from None
 
 
 def json_fields(content: Any) -> Iterator[tuple[str, Any, int]]:
@@ -211,7 +204,7 @@ def weight_map(index: Path) -> dict[str, str]:
     ):
         raise CheckpointError(f"{index} is no index of weights: take another folder")
     for name in names.values():
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not SHARD_NAME.fullmatch(name):
             raise CheckpointError(
                 f"{index} names {name!r}, which is no safetensors file beside it: take another"
                 " folder"

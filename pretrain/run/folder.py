@@ -6,19 +6,29 @@ import contextlib
 import io
 import json
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pretrain.callbacks.build import RUN_FILES, TRACKER_FOLDERS
 from pretrain.checkpoint.initialize_from import REPORT as INITIAL_WEIGHTS
-from pretrain.checkpoint.layout import complete_checkpoints
+from pretrain.checkpoint.layout import (
+    LATEST,
+    MANIFEST,
+    POINTER_NAME,
+    SAVED,
+    STEP_NAME,
+    complete_checkpoints,
+    pointers,
+)
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import redact
-from pretrain.core.errors import ConfigError
+from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.core.files import JsonObject, only_writer, write_synced
+from pretrain.core.strict_json import NotAnObject, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +51,9 @@ def owned_folder(recipe: Recipe, is_main: bool, fresh: bool, overwrite: bool) ->
     Ranks other than 0 do nothing.
 
     Raises:
-        ConfigError: if another process writes to it, or as :func:`start_over`.
+        ConfigError: if another process writes to it, or as :func:`start_over` and
+            :func:`check_checkpoints`.
+        CheckpointError: as :func:`check_checkpoints`.
     """
     if not is_main:
         yield
@@ -50,6 +62,7 @@ def owned_folder(recipe: Recipe, is_main: bool, fresh: bool, overwrite: bool) ->
     with only_writer(folder, OTHER_FOLDER):
         if fresh:
             start_over(folder, overwrite, recipe)
+        check_checkpoints(folder, is_branch=recipe.branch_from is not None)
         yield
 
 
@@ -81,8 +94,75 @@ def start_over(folder: Path, overwrite: bool, recipe: Recipe) -> None:
     # Only what this program wrote: an export or notes in the same folder belong to the user.
     for name in (CHECKPOINTS, USAGE, "tensorboard", *TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (*RUN_FILES, *OTHER_FILES, SUMMARY, LOG):
+    for name in (*RUN_FILES, *OTHER_FILES, SUMMARY, LOG, SAVED):
         (folder / name).unlink(missing_ok=True)
+
+
+def check_checkpoints(folder: Path, is_branch: bool = False) -> None:
+    """Refuse to start a run at step 0 if it had checkpoints that are gone.
+
+    That it had some is certain from any of three signs: the mark ``SAVED``, which the first save
+    leaves in the run's folder; a pointer such as ``latest``, or a ``step_N`` folder, which get
+    their names only when a checkpoint is whole; and ``summary.json`` of a run that ended or was
+    interrupted, which saves before. A run that was killed before its first save has none of them,
+    whatever its metrics hold: the same command starts it again.
+
+    Args:
+        is_branch: the run starts from a checkpoint of another run. A rollback to it removes all
+            checkpoints of this run with their pointers, so that only pointers are a sign.
+
+    Raises:
+        ConfigError: if there is a sign and no checkpoint: metrics of the lost steps would go.
+        CheckpointError: if what is there is no checkpoint: a folder named ``latest``, a ``step_N``
+            folder without a manifest and no other.
+    """
+    checkpoints = folder / CHECKPOINTS
+    # lexists: a link that leads nowhere is there too.
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise CheckpointError(f"{checkpoints} is no folder: move it elsewhere")
+    entries = sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []
+    named = [path for path in entries if POINTER_NAME.match(path.name)]
+    for path in named:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is no file that names a checkpoint: move it elsewhere, and run the same "
+                "command"
+            )
+    whole = complete_checkpoints(checkpoints)
+    others = [path for path in entries if STEP_NAME.match(path.name) and path not in whole]
+    if not whole and others:
+        raise CheckpointError(
+            f"no checkpoint of this run is whole: {others[-1]} has no {MANIFEST}; put it back, "
+            f"{OTHER_FOLDER}, or start over with --fresh --overwrite"
+        )
+    sign = _sign_of_a_save(folder, named, is_branch)
+    if not whole and sign is not None:
+        raise ConfigError(
+            f"{folder} holds a run whose checkpoints are gone ({sign} shows that it had some), and "
+            f"a start at step 0 would overwrite its metrics: put {CHECKPOINTS} back, "
+            f"{OTHER_FOLDER}, or start over with --fresh --overwrite"
+        )
+    for path in others:
+        print(f"warning: {path} has no {MANIFEST} and is passed over", file=sys.stderr)
+    latest = pointers(checkpoints).get(LATEST)
+    if whole and latest is not None and not (checkpoints / latest).exists():
+        print(
+            f"warning: {checkpoints / LATEST} names {latest}, which is gone; the newest checkpoint "
+            f"is {whole[0].name}",
+            file=sys.stderr,
+        )
+
+
+def _sign_of_a_save(folder: Path, pointer_files: Sequence[Path], only_pointers: bool) -> str | None:
+    """Return the name of what shows that a checkpoint was saved; None if nothing does."""
+    if pointer_files:
+        return f"{CHECKPOINTS}/{pointer_files[0].name}"
+    if only_pointers:
+        return None
+    if (folder / SAVED).exists():
+        return SAVED
+    steps = read_summary(folder).get("steps")
+    return SUMMARY if isinstance(steps, int) and steps > 0 else None
 
 
 class _Redacting(logging.Formatter):
@@ -152,11 +232,10 @@ def prints_to_log() -> Iterator[None]:
 
 def read_summary(folder: Path) -> JsonObject:
     """Return the run's summary.json; empty if there is none, or it is torn."""
-    path = folder / SUMMARY
-    if path.is_file():
-        with contextlib.suppress(json.JSONDecodeError):
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-    return {}
+    try:
+        return read_object(folder / SUMMARY, finite=False)
+    except NotAnObject:
+        return {}
 
 
 def update_summary(folder: Path, values: Mapping[str, object]) -> JsonObject:

@@ -301,10 +301,13 @@ def test_what_runs_is_our_own_file_whatever_lies_in_the_cache_of_modules(
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
-    linked = tmp_path / "hf"
-    linked.mkdir()
-    for path in own_class.iterdir():
-        (linked / path.name).symlink_to(path)
+    linked = tmp_path / "models--own--hf" / "snapshots" / "0123"
+    linked.mkdir(parents=True)
+    blobs = linked.parent.parent / "blobs"
+    for number, path in enumerate(sorted(shutil.copytree(own_class, blobs).iterdir())):
+        # Content without a name, as the hub's cache keeps it.
+        (linked / path.name).symlink_to(f"../../blobs/{number}")
+        path.rename(blobs / str(number))
     bare = copy_of(
         own_class,
         tmp_path / "bare",
@@ -366,6 +369,113 @@ def test_a_chat_template_is_data(own_class: Path, tmp_path: Path) -> None:
     with pytest.raises(SecurityError):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert not canary.exists()
+
+
+MODEL = "AutoModelForCausalLM"
+SIDE_CONFIGS = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_config.json",
+)
+# Values of auto_map in config.json: None is the key's absence, which is no attack.
+AUTO_MAPS: dict[str, object] = {
+    "one foreign class beside ours": {**AUTO_MAP, "AutoModel": "evil.Model"},
+    "a foreign tokenizer beside ours": {**AUTO_MAP, "AutoTokenizer": TOKENIZER},
+    "a tokenizer with one class": {**AUTO_MAP, "AutoTokenizer": [None, "evil.Tokenizer"]},
+    "a processor beside ours": {**AUTO_MAP, "AutoProcessor": "evil.Processor"},
+    "a feature extractor beside ours": {**AUTO_MAP, "AutoFeatureExtractor": "evil.Processor"},
+    "a foreign config": {**AUTO_MAP, "AutoConfig": "evil.Config"},
+    "a foreign model": {**AUTO_MAP, MODEL: "evil.Model"},
+    "all foreign": EVIL,
+    "another class of our module": {**AUTO_MAP, MODEL: "modeling_moe_pretrain.os"},
+    "our class of another module": {**AUTO_MAP, MODEL: "evil.MoePretrainForCausalLM"},
+    "a module in a folder": {**AUTO_MAP, MODEL: "package.evil.Model"},
+    "a module above": {**AUTO_MAP, MODEL: "..evil.Model"},
+    "a path": {**AUTO_MAP, MODEL: "../evil.Model"},
+    "an absolute path": {**AUTO_MAP, MODEL: "/tmp/evil.Model"},
+    "another repository": {**AUTO_MAP, MODEL: "other/repo--evil.Model"},
+    "another folder": {**AUTO_MAP, MODEL: "./package--evil.Model"},
+    "a list of classes": {**AUTO_MAP, MODEL: [AUTO_MAP[MODEL], "evil.Model"]},
+    "a dictionary": {**AUTO_MAP, MODEL: {"x": "evil.Model"}},
+    "a key with a space": {**AUTO_MAP, "AutoModel ": "evil.Model"},
+    "capitals": {**AUTO_MAP, MODEL: "EVIL.Model"},
+    "no text": {**AUTO_MAP, MODEL: 5},
+    "one class less": {MODEL: AUTO_MAP[MODEL]},
+    "text": "evil.Model",
+    "a list": ["evil.Model"],
+    "a number": 1,
+}
+
+
+def refused_by_generate(folder: Path, canary: Path) -> None:
+    done = run_here("generate.py", "--model", folder, "--prompt", "1", "--max-new-tokens", "1")
+    assert done.returncode == BAD_CHECKPOINT, done
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert str(folder) in done.stderr and not canary.exists()
+
+
+def evil_everywhere(folder: Path, canary: Path) -> None:
+    """Modules of every name that a payload has, as files that are no code by their suffix."""
+    for name in ("evil.py.txt", "EVIL.txt"):
+        (folder / name).write_text(evil_code(canary))
+
+
+@pytest.mark.parametrize("name", AUTO_MAPS)
+@pytest.mark.parametrize("with_code", [True, False])
+def test_an_auto_map_names_our_classes_alone(
+    name: str, with_code: bool, own_class: Path, tmp_path: Path
+) -> None:
+    """With the code that it names in the folder, and without: then it may be anywhere else."""
+    canary = tmp_path / "canary"
+    folder = copy_of(own_class, tmp_path / "folder")
+    (evil_module if with_code else evil_everywhere)(folder, canary)
+    edit_json(folder, auto_map=AUTO_MAPS[name])
+    refused_by_generate(folder, canary)
+
+
+@pytest.mark.parametrize("file", SIDE_CONFIGS)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_no_other_config_has_an_auto_map(
+    file: str, depth: int, own_class: Path, tmp_path: Path
+) -> None:
+    """At any depth, also one that names our own classes: nothing reads it."""
+    canary = tmp_path / "canary"
+    content: dict[str, object] = {"auto_map": {"AutoTokenizer": TOKENIZER}}
+    for _ in range(depth):
+        content = {"section": [content]}
+    folder = copy_of(own_class, tmp_path / "folder")
+    evil_everywhere(folder, canary)
+    edit_json(folder, file, **content)
+    refused_by_generate(folder, canary)
+
+
+@pytest.mark.parametrize(
+    "name", ["evil.so", "evil.cpython-311-x86_64-linux-gnu.so", "evil.pyc", "evil.pyd", "a/evil.py"]
+)
+def test_no_file_of_code_but_ours_is_in_the_folder(
+    name: str, own_class: Path, tmp_path: Path
+) -> None:
+    canary = tmp_path / "canary"
+    folder = copy_of(own_class, tmp_path / "folder")
+    evil_module(folder, canary, name)
+    refused_by_generate(folder, canary)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS, "notes.txt"]
+)
+def test_a_link_to_a_file_elsewhere_is_refused(name: str, own_class: Path, tmp_path: Path) -> None:
+    folder = copy_of(own_class, tmp_path / "folder")
+    outside = tmp_path / "outside"
+    outside.write_text("secret")
+    if (folder / name).exists():
+        shutil.move(folder / name, outside)
+    (folder / name).symlink_to(outside)
+    refused_by_generate(folder, tmp_path / "canary")
 
 
 def names_in(path: Path) -> set[str]:

@@ -109,14 +109,14 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "a width of text": (edit(hidden_size="wide"), "config.json"),
     "no heads *": (edit(num_attention_heads=0), "transformers cannot open"),
     "a head that is tied, with other numbers": (edit(tie_word_embeddings=True), "lm_head.weight"),
-    "a config that is no JSON": (written("config.json", b'{"model_type": '), "no JSON"),
+    "a config that is no JSON": (written("config.json", b'{"model_type": '), "not valid JSON"),
     "a config that is a list": (written("config.json", b"[1]"), "no JSON object"),
     "a config nested without end": (
         written("config.json", b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
-        "JSON",
+        "nested too deeply",
     ),
     "a config without a type": (edit(model_type=None), "model_type"),
-    "a config of bytes": (written("config.json", b"\xff\xfe\x00"), "no JSON"),
+    "a config of bytes": (written("config.json", b"\xff\xfe\x00"), "is not UTF-8"),
     "no tokenizer *": (removed("tokenizer.json"), "no tokenizer.json"),
     "a tokenizer that is no JSON": (written("tokenizer.json", b"{"), "tokenizer"),
     "a tokenizer config that is no JSON": (

@@ -72,7 +72,7 @@ def test_any_damage_to_any_file_of_a_checkpoint_is_found_and_named(run: Path) ->
             )
             path.write_bytes(content)
     (checkpoint / layout.MANIFEST).write_text("{")
-    assert layout.damage(checkpoint) == "manifest.json is no manifest"
+    assert layout.damage(checkpoint) == "manifest.json is no manifest: it is not valid JSON"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

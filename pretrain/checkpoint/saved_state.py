@@ -1,0 +1,108 @@
+"""The types of ``state.json``, checked when it is read: the file may be anybody's.
+
+What the loader and plugins' guards keep in it is their own, and only known to be an object.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pretrain.core.files import JsonObject
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Saved(BaseModel):
+    # strict: "12" and true are no numbers. Keys of a later version are none of this check.
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class SavedProgress(_Saved):
+    """The types of :class:`pretrain.guards.progress.Progress`, field by field."""
+
+    step: Count = 0
+    skipped_steps: Count = 0
+    skipped_tokens: Count = 0
+    skipped_in_a_row: Count = 0
+    train_seconds: float = 0.0
+    last_validation: float | None = None
+    validation_step: Count | None = None
+    validation_targets: Count | None = None
+    best_validation: float | None = None
+    best_step: Count | None = None
+    rollbacks: Count = 0
+    patience_loss: float | None = None
+    stale_validations: Count = 0
+    stopped_early: bool = False
+    epoch_steps: dict[str, Count] = {}
+
+
+class SavedGuards(_Saved):
+    """The types of :class:`pretrain.guards.detect.GuardState`."""
+
+    losses: list[float] = []
+    log_norms: list[float] = []
+    more: dict[str, JsonObject] = {}
+    in_a_row: dict[str, Count] = {}
+    first: dict[str, Count] = {}
+
+
+class SavedEngine(_Saved):
+    """The types of :class:`pretrain.engine.engine.EngineCounts`."""
+
+    steps: Count = 0
+    samples: Count = 0
+    skipped: Count = 0
+    loss_scale: dict[str, float] = {}
+
+
+class SavedCounts(_Saved):
+    """The types of :class:`pretrain.checkpoint.state.ParameterCounts`."""
+
+    total: Count
+    active: Count
+
+
+class SavedSource(_Saved):
+    """The types of :class:`pretrain.checkpoint.state.SourceFacts`."""
+
+    kind: str
+    documents: Count
+    tokens: Count
+    share: float
+
+
+class SavedState(_Saved):
+    """The types of :class:`pretrain.checkpoint.state.CheckpointState`."""
+
+    step: Count
+    consumed_tokens: Count = 0
+    epoch: float | None = None
+    validation_loss: float | None = None
+    validation_step: Count | None = None
+    validation_targets: Count | None = None
+    phase: str | None = None
+    progress: SavedProgress = SavedProgress()
+    data: JsonObject = {}
+    guards: SavedGuards = SavedGuards()
+    engine: SavedEngine = SavedEngine()
+    saved_at: float = 0.0
+    tokenizer_sha256: str | None = None
+    world_size: Count = 1
+    ep_size: Count = 1
+    zero_stage: Count = 0
+    parameters: SavedCounts = SavedCounts(total=0, active=0)
+    sources: dict[str, SavedSource] = {}
+
+
+def wrong_type(state: JsonObject) -> str | None:
+    """Return which field of a state has a value that it cannot have, in words; None if none."""
+    try:
+        SavedState.model_validate(state)
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, detail["loc"]))[:120]
+        return f"has a wrong '{where}': {detail['msg'][:120]}"
+    return None
