@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 
 TOOL = TOOLS / "preprocess_data.py"
@@ -45,9 +46,11 @@ def work(tmp_path: Path, write_corpus: Callable[..., None]) -> Path:
 def run(
     folder: Path, *options: str, limit_file_size: int | None = None
 ) -> subprocess.CompletedProcess[str]:
+    if limit_file_size is None:
+        return run_python(TOOL, *options, cwd=folder)
+
     def limit() -> None:
-        if limit_file_size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, limit_file_size))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, limit_file_size))
 
     command = [sys.executable, str(TOOL), *options]
     return subprocess.run(
@@ -289,19 +292,8 @@ def test_a_clone_from_the_hub_is_trained_on_without_its_readme_and_held_out_rows
 
 def test_standard_input_is_read_once_and_built(work: Path) -> None:
     content = "".join(json.dumps({"text": f"line {number} " * 20}) + "\n" for number in range(60))
-    command = [
-        sys.executable,
-        str(TOOL),
-        "--input",
-        "-",
-        "--vocab-size",
-        "300",
-        "--output",
-        "data/piped",
-    ]
-    result = subprocess.run(
-        command, cwd=work, input=content, capture_output=True, text=True, timeout=300
-    )
+    options = ("--input", "-", "--vocab-size", "300", "--output", "data/piped")
+    result = run_python(TOOL, *options, cwd=work, given=content)
     assert result.returncode == 0, result.stderr
     manifest = json.loads((work / "data" / "piped" / "manifest.json").read_text())
     assert manifest["sources"]["all"]["documents"] == 60
