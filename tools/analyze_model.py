@@ -45,6 +45,7 @@ class Analysis(TypedDict):
     """
 
     recipe: str
+    kinds: dict[str, str]
     parameters_total: int
     parameters_active: int
     active_share: float
@@ -121,6 +122,19 @@ def memory_by_layout(
     }
 
 
+def chosen_kinds(recipe: Recipe) -> dict[str, str]:
+    """The kind of each part of the model and of its optimizer, by the field that chooses it."""
+    model, kinds = recipe.model, {"optimizer": recipe.optimizer.kind}
+    for name in ("attention", "position", "norm", "feed_forward", "layer_pattern", "moe"):
+        part = getattr(model, name)
+        if part is not None:
+            kinds[f"model.{name}"] = part.kind
+    kinds["model.attention.kernel"] = model.attention.kernel
+    if model.routing is not None:
+        kinds["model.moe.router"] = model.routing.router.kind
+    return dict(sorted(kinds.items()))
+
+
 def train_flops(model: ModelConfig, timeline: Timeline) -> float:
     """FLOPs of a whole run, whose phases may have sequences of different lengths."""
     # Attention's FLOPs grow with the sequence, so that each phase is counted with its own.
@@ -140,6 +154,7 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
     context = model.max_position_embeddings
     return {
         "recipe": recipe.name,
+        "kinds": chosen_kinds(recipe),
         "parameters_total": size.parameters_total,
         "parameters_active": size.parameters_active,
         "active_share": size.parameters_active / size.parameters_total,
@@ -164,7 +179,7 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
 
 
 def print_tables(result: Analysis) -> None:
-    """Prints parameters by component, costs, and memory by layout."""
+    """Prints kinds, parameters by component, costs, and memory by layout."""
     console = Console()
     parts = Table(
         "component", "parameters", "of all", "active", title=f"{result['recipe']}: parameters"
@@ -182,6 +197,9 @@ def print_tables(result: Analysis) -> None:
             f"{count / result['parameters_total']:.1%}",
             f"{active:,}",
         )
+    kinds = Table("part", "kind", title="kinds")
+    for field, kind in result["kinds"].items():
+        kinds.add_row(field, kind)
     costs = Table("what", "value", title="costs")
     for name, value in cost_rows(result).items():
         costs.add_row(name, value)
@@ -191,7 +209,7 @@ def print_tables(result: Analysis) -> None:
     state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=title)
     for stage, layouts in memory.items():
         state.add_row(stage, *(f"{layout['total'] / 1e9:.2f} GB" for layout in layouts.values()))
-    for table in (parts, costs, state):
+    for table in (kinds, parts, costs, state):
         console.print(table)
 
 

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -341,15 +342,29 @@ def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
     return Output(Path(folder))
 
 
-def next_command(recipe: str | None, path: Path) -> str:
-    """Return the command that trains on the data."""
-    content, origin = read_recipe_file(recipe or EXAMPLE_RECIPE)
-    elsewhere = Path(validate_recipe(content, origin).data_path) != path
-    place = f" --set {shlex.quote(f'data.path={path}')}" if elsewhere else ""
-    script = shown(LAUNCHERS / "pretrain.py")
-    start = f"deepspeed --num_accelerators 2 {script} --ds_config {DEFAULT_DS_CONFIG}"
-    plugins = "".join(f" {part}" for part in plugin_arguments())
-    return f"{start} --recipe {shlex.quote(recipe or EXAMPLE_RECIPE)}{place}{plugins}"
+def next_command(recipe: str | None, overrides: list[str], path: Path) -> str:
+    """Return the command that trains on the data, with the overrides that its recipe takes."""
+    recipe = recipe or EXAMPLE_RECIPE
+    kept: list[str] = []
+    for override in overrides:
+        # An override of a section that an option has replaced, such as --input the source, may
+        # name what the recipe's own section does not have. Overrides may need earlier ones.
+        with suppress(ConfigError):
+            _trained_recipe(recipe, [*kept, override])
+            kept.append(override)
+    if Path(_trained_recipe(recipe, kept).data_path) != path:
+        kept.append(f"data.path={path}")
+    command = ["deepspeed", "--num_accelerators", "2", shown(LAUNCHERS / "pretrain.py")]
+    command += ["--ds_config", DEFAULT_DS_CONFIG, *plugin_arguments(), "--recipe", recipe]
+    return shlex.join([*command, *(part for value in kept for part in ("--set", value))])
+
+
+def _trained_recipe(name: str, overrides: list[str]) -> Recipe:
+    content, origin = read_recipe_file(name)
+    for override in overrides:
+        apply_override(content, override)
+    import_plugins(content)
+    return validate_recipe(content, origin)
 
 
 def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
@@ -412,7 +427,7 @@ def run(pool: Pool | None) -> None:
         )
     seconds = time.perf_counter() - started
     packing = pack(recipe, output)
-    command = next_command(arguments.recipe, output.path)
+    command = next_command(arguments.recipe, arguments.overrides, output.path)
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
     facts: JsonObject = {
         "folder": str(output.path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data_pipeline.loading.factory import open_loader
 from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows, prepare_packing
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
+from data_pipeline.shards.recorded import data_warnings
 from data_pipeline.shards.verification import BackgroundCheck
 from pretrain.callbacks.base import CallbackList
 from pretrain.callbacks.build import make_callbacks
@@ -29,7 +31,12 @@ from pretrain.engine.determinism import be_deterministic
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.engine.engine import Engine
 from pretrain.engine.precision import resolve_precision
-from pretrain.engine.topology import Topology, connect, world_size_from_environment
+from pretrain.engine.topology import (
+    Topology,
+    connect,
+    starts_as_first_rank,
+    world_size_from_environment,
+)
 from pretrain.guards.incidents import IncidentLog
 from pretrain.guards.policy import GuardPolicy
 from pretrain.model.sizes import model_size, peak_flops
@@ -114,6 +121,9 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
     zero_stage = zero_stage_of(ds_config, origin)
     datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
+    if starts_as_first_rank(os.environ):
+        for warning in data_warnings(recipe.data, datasets):
+            print(f"warning: {warning}", file=sys.stderr)
     config = resolve_config(
         recipe,
         ds_config,

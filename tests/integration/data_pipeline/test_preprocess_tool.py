@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -199,6 +200,42 @@ def megatrons_form(work: Path) -> list[str]:
         "tokenizer.json",
         "--append-eod",
     ]
+
+
+def trains(folder: Path, printed: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run what follows the launcher's own options in a ``next:`` line."""
+    words = shlex.split(printed)
+    assert words[:3] == ["deepspeed", "--num_accelerators", "2"]
+    return run_python(*words[3:], *options, cwd=folder)
+
+
+def test_the_next_line_trains_with_the_options_of_the_build(work: Path) -> None:
+    settings = (
+        "data.source={kind: text, input: [raw/*.txt]}",
+        "data.tokenizer.vocab_size=300",
+        "data.document_mask=true",
+        "run_path=my run",
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    built = run(work, "--recipe", "debug", *options, "--output", "data/my own", "--json", "-")
+    assert built.returncode == 0, built.stderr
+    done = trains(work, json.loads(built.stdout)["next"], "--set", "train.train_tokens=1024")
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    saved = (work / "my run" / "recipe.yaml").read_text()
+    assert "document_mask: true" in saved and "path: data/my own" in saved
+
+
+def test_the_next_line_leaves_out_what_its_recipe_does_not_take(work: Path) -> None:
+    """The source of --input is not that of the recipe, and has another kind's fields."""
+    built = run(
+        work, *SMALL, "--set", "data.source.encoding=utf-8", "--set", "data.document_mask=true"
+    )
+    assert built.returncode == 0, built.stderr
+    printed = built.stdout.rpartition("next: ")[2]
+    assert "data.document_mask=true" in printed and "encoding" not in printed
+    planned = trains(work, printed, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
 
 
 def test_megatrons_form_writes_what_the_tokenizers_library_gives_in_input_order(work: Path) -> None:

@@ -45,6 +45,8 @@ def test_json_alone_on_standard_output_and_a_picture(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result == analyzed("p828_60m", world_size=4)
     assert result["parameters_total"] == 60_889_356 and result["parameters_active"] == 56_950_028
+    assert result["kinds"]["model.attention"] == "gqa"
+    assert result["kinds"]["optimizer"] == "adamw" and "model.moe.router" in result["kinds"]
     assert result["recipe"] == "p828_60m" and result["parameters_padding"] == 0
     assert sum(result["components"].values()) == result["parameters_total"] and set(
         result["components"]

@@ -337,3 +337,41 @@ def test_a_guard_of_a_plugin_has_a_name_of_its_own(
         *("analyze_model.py", "--recipe", "debug", *plugins, "--set", more), code=2 if words else 0
     )
     assert all(word in started.stderr for word in words), started.stderr
+
+
+LAYERS = """
+from typing import ClassVar, Literal
+from pretrain.model.moe.config import DroplessMoEConfig
+
+
+class Together(DroplessMoEConfig):
+    spreads_experts: ClassVar[bool] = False
+    kind: Literal["together"]
+
+
+class Forgetful(DroplessMoEConfig):
+    tensor_roles: ClassVar[dict] = {
+        name: role for name, role in DroplessMoEConfig.tensor_roles.items() if name != "experts."
+    }
+    kind: Literal["forgetful"]
+"""
+
+
+@pytest.mark.parametrize(
+    "kind,ep_size,words",
+    [
+        ("together", 1, []),
+        ("together", 2, ["parallel.ep_size is 2", "'together'", "set parallel.ep_size=1"]),
+        ("forgetful", 1, ["Forgetful.role_of('experts.w1') is None", "layers.0", "tensor_roles"]),
+    ],
+)
+def test_a_kind_of_layer_says_what_it_cannot_do_and_what_its_tensors_are(
+    outside: Outside, kind: str, ep_size: int, words: list[str]
+) -> None:
+    (outside.folder / "site" / "layers.py").write_text(LAYERS)
+    options = ("--set", f"model.moe.kind={kind}", "--set", f"parallel.ep_size={ep_size}")
+    started = outside.tool(
+        *("analyze_model.py", "--recipe", "debug", "--plugin", "layers", *options),
+        code=2 if words else 0,
+    )
+    assert all(word in started.stderr for word in words), started.stderr
