@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from pretrain.config.load import (
     read_recipe_file,
     validate_recipe,
 )
+from pretrain.config.next_command import next_command
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.cli import (
@@ -45,8 +44,6 @@ from pretrain.core.cli import (
 )
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.files import JsonObject
-from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import DEFAULT_DS_CONFIG, LAUNCHERS, shown
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
@@ -342,31 +339,6 @@ def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
     return Output(Path(folder))
 
 
-def next_command(recipe: str | None, overrides: list[str], path: Path) -> str:
-    """Return the command that trains on the data, with the overrides that its recipe takes."""
-    recipe = recipe or EXAMPLE_RECIPE
-    kept: list[str] = []
-    for override in overrides:
-        # An override of a section that an option has replaced, such as --input the source, may
-        # name what the recipe's own section does not have. Overrides may need earlier ones.
-        with suppress(ConfigError):
-            _trained_recipe(recipe, [*kept, override])
-            kept.append(override)
-    if Path(_trained_recipe(recipe, kept).data_path) != path:
-        kept.append(f"data.path={path}")
-    command = ["deepspeed", "--num_accelerators", "2", shown(LAUNCHERS / "pretrain.py")]
-    command += ["--ds_config", DEFAULT_DS_CONFIG, *plugin_arguments(), "--recipe", recipe]
-    return shlex.join([*command, *(part for value in kept for part in ("--set", value))])
-
-
-def _trained_recipe(name: str, overrides: list[str]) -> Recipe:
-    content, origin = read_recipe_file(name)
-    for override in overrides:
-        apply_override(content, override)
-    import_plugins(content)
-    return validate_recipe(content, origin)
-
-
 def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
     """Pack the shards for the recipe's sequence length if its packing is planned.
 
@@ -427,7 +399,7 @@ def run(pool: Pool | None) -> None:
         )
     seconds = time.perf_counter() - started
     packing = pack(recipe, output)
-    command = next_command(arguments.recipe, arguments.overrides, output.path)
+    command = next_command(arguments.recipe or EXAMPLE_RECIPE, arguments.overrides, output.path)
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
     facts: JsonObject = {
         "folder": str(output.path),

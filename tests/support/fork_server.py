@@ -198,7 +198,7 @@ def serve(requests: socket.socket) -> None:
 
 def _watch(status: int) -> None:
     """Fork the program, and report its number and its end; returns in the program alone."""
-    # The program's parent knows its number, and is told its exit code.
+    # A program's number and exit code are known to its parent.
     pid = os.fork()
     if pid == 0:
         os.close(status)
