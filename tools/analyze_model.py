@@ -22,6 +22,7 @@ from pretrain.config.timeline import Timeline
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.figures import save_figure
+from pretrain.core.registry import kind_name
 from pretrain.core.shipped import recipe_names
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
@@ -124,14 +125,15 @@ def memory_by_layout(
 
 def chosen_kinds(recipe: Recipe) -> dict[str, str]:
     """The kind of each part of the model and of its optimizer, by the field that chooses it."""
-    model, kinds = recipe.model, {"optimizer": recipe.optimizer.kind}
+    model = recipe.model
+    kinds: dict[str, str] = {"optimizer": recipe.optimizer.kind}
     for name in ("attention", "position", "norm", "feed_forward", "layer_pattern", "moe"):
         part = getattr(model, name)
         if part is not None:
             kinds[f"model.{name}"] = part.kind
     kinds["model.attention.kernel"] = model.attention.kernel
     if model.routing is not None:
-        kinds["model.moe.router"] = model.routing.router.kind
+        kinds["model.moe.router"] = kind_name(type(model.routing.router))
     return dict(sorted(kinds.items()))
 
 
