@@ -59,12 +59,14 @@ PYTEST = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS)
 test-unit: install
 	$(PYTEST) --dist worksteal -m "not full" tests/unit
 
-# By file, so that the tests of one file share the runs that their fixtures start.
+# By file, so that the tests of one file share the runs that their fixtures start; in the order of
+# tests/conftest.py, the longest first.
+BY_FILE = --dist loadfile --no-loadscope-reorder
 test: lint
-	$(PYTEST) --dist loadfile -m "not full" tests/unit tests/integration
+	$(PYTEST) $(BY_FILE) -m "not full" tests/unit tests/integration
 
 test-full: lint
-	$(PYTEST) --dist loadfile
+	$(PYTEST) $(BY_FILE)
 
 benchmark: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/two_ranks_against_plain.py

@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from pretrain.core.startup import quiet_libraries
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, TESTS
 
 pytest_plugins = (
     "tests.support.data_fixtures",
     "tests.support.model_fixtures",
     "tests.support.run_fixtures",
+)
+
+# Files of more than a minute, the longest first: workers take files in this order, so that none is
+# left alone with a long one at the end.
+LONGEST_FIRST = (
+    "integration/distributed/test_same_numbers_everywhere.py",
+    "integration/project/test_packaging.py",
+    "integration/faults/test_checkpoints.py",
+    "integration/data_pipeline/test_preprocess_tool.py",
+    "integration/distributed/test_option_pairs.py",
+    "integration/training/test_plugins.py",
+    "integration/distributed/test_small_recipes.py",
+    "integration/launch/test_launchers.py",
+    "integration/launch/test_quickstart.py",
+    "integration/training/test_expert_usage_run.py",
+    "integration/faults/test_phases_resume.py",
+    "integration/guards/test_guarded_runs.py",
+    "integration/sweeps/test_killed_ablation.py",
+    "integration/sweeps/test_commands.py",
 )
 
 # Processes that tests start must import this checkout, whichever one the environment has installed.
@@ -21,3 +42,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # the ranks they start share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 quiet_libraries()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first, all others in the order in which they are found."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))

@@ -22,6 +22,7 @@ from pretrain.config.timeline import Timeline
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.figures import save_figure
+from pretrain.core.registry import kind_name
 from pretrain.core.shipped import recipe_names
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
@@ -46,6 +47,7 @@ class Analysis(TypedDict):
     """
 
     recipe: str
+    kinds: dict[str, str]
     parameters_total: int
     parameters_active: int
     active_share: float
@@ -122,6 +124,20 @@ def memory_by_layout(
     }
 
 
+def chosen_kinds(recipe: Recipe) -> dict[str, str]:
+    """The kind of each part of the model and of its optimizer, by the field that chooses it."""
+    model = recipe.model
+    kinds: dict[str, str] = {"optimizer": recipe.optimizer.kind}
+    for name in ("attention", "position", "norm", "feed_forward", "layer_pattern", "moe"):
+        part = getattr(model, name)
+        if part is not None:
+            kinds[f"model.{name}"] = part.kind
+    kinds["model.attention.kernel"] = model.attention.kernel
+    if model.routing is not None:
+        kinds["model.moe.router"] = kind_name(type(model.routing.router))
+    return dict(sorted(kinds.items()))
+
+
 def train_flops(model: ModelConfig, timeline: Timeline) -> float:
     """FLOPs of a whole run, whose phases may have sequences of different lengths."""
     # Attention's FLOPs grow with the sequence, so that each phase is counted with its own.
@@ -141,6 +157,7 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
     context = model.max_position_embeddings
     return {
         "recipe": recipe.name,
+        "kinds": chosen_kinds(recipe),
         "parameters_total": size.parameters_total,
         "parameters_active": size.parameters_active,
         "active_share": size.parameters_active / size.parameters_total,
@@ -165,7 +182,7 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
 
 
 def print_tables(result: Analysis) -> None:
-    """Prints parameters by component, costs, and memory by layout."""
+    """Prints kinds, parameters by component, costs, and memory by layout."""
     console = Console()
     parts = Table(
         "component", "parameters", "of all", "active", title=f"{result['recipe']}: parameters"
@@ -183,6 +200,9 @@ def print_tables(result: Analysis) -> None:
             f"{count / result['parameters_total']:.1%}",
             f"{active:,}",
         )
+    kinds = Table("part", "kind", title="kinds")
+    for field, kind in result["kinds"].items():
+        kinds.add_row(field, kind)
     costs = Table("what", "value", title="costs")
     for name, value in cost_rows(result).items():
         costs.add_row(name, value)
@@ -192,7 +212,7 @@ def print_tables(result: Analysis) -> None:
     state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=title)
     for stage, layouts in memory.items():
         state.add_row(stage, *(f"{layout['total'] / 1e9:.2f} GB" for layout in layouts.values()))
-    for table in (parts, costs, state):
+    for table in (kinds, parts, costs, state):
         console.print(table)
 
 

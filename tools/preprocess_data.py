@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import sys
 import time
 from functools import partial
@@ -33,6 +32,7 @@ from pretrain.config.load import (
     read_recipe_file,
     validate_recipe,
 )
+from pretrain.config.next_command import next_command
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.cli import (
@@ -44,8 +44,6 @@ from pretrain.core.cli import (
 )
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.files import JsonObject
-from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import DEFAULT_DS_CONFIG, LAUNCHERS, shown
 
 EXAMPLE_RECIPE = "quickstart"
 EXAMPLES = """\
@@ -341,17 +339,6 @@ def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
     return Output(Path(folder))
 
 
-def next_command(recipe: str | None, path: Path) -> str:
-    """Return the command that trains on the data."""
-    content, origin = read_recipe_file(recipe or EXAMPLE_RECIPE)
-    elsewhere = Path(validate_recipe(content, origin).data_path) != path
-    place = f" --set {shlex.quote(f'data.path={path}')}" if elsewhere else ""
-    script = shown(LAUNCHERS / "pretrain.py")
-    start = f"deepspeed --num_accelerators 2 {script} --ds_config {DEFAULT_DS_CONFIG}"
-    plugins = "".join(f" {part}" for part in plugin_arguments())
-    return f"{start} --recipe {shlex.quote(recipe or EXAMPLE_RECIPE)}{place}{plugins}"
-
-
 def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
     """Pack the shards for the recipe's sequence length if its packing is planned.
 
@@ -412,7 +399,7 @@ def run(pool: Pool | None) -> None:
         )
     seconds = time.perf_counter() - started
     packing = pack(recipe, output)
-    command = next_command(arguments.recipe, output.path)
+    command = next_command(arguments.recipe or EXAMPLE_RECIPE, arguments.overrides, output.path)
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
     facts: JsonObject = {
         "folder": str(output.path),

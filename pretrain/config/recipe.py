@@ -132,8 +132,11 @@ class ValidationConfig(Section):
         None,
         description=(
             "sequences an in-loop validation reads, and the best is judged on; a run's "
-            "end reads all as well"
+            "end reads more as well"
         ),
+    )
+    final_windows: Positive | None = Field(
+        None, description="sequences that the end of a run reads; all of them by default"
     )
 
 

@@ -37,5 +37,7 @@ def ds_config_path(name_or_path: str) -> Path:
 
 
 def shown(path: Path) -> str:
-    """A shipped script as a user of a checkout types it; its whole path without a checkout."""
-    return str(path if CHECKOUT is None else path.relative_to(CHECKOUT))
+    """A shipped script as it is typed in the checkout's folder; its whole path in all others."""
+    if CHECKOUT is not None and Path.cwd() == CHECKOUT:
+        path = path.relative_to(CHECKOUT)
+    return str(path)

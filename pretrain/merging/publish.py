@@ -37,7 +37,12 @@ class Scoring:
             CheckpointError: if the checkpoint is damaged.
         """
         return score_checkpoint(
-            checkpoint, self.data, self.split, self.device, None, self.max_windows, baselines=()
+            checkpoint,
+            self.data,
+            self.split,
+            self.device,
+            max_windows=self.max_windows,
+            baselines=(),
         ).loss
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.core.errors import ConfigError
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
 from pretrain.model.config import ModelConfig
@@ -79,6 +80,24 @@ class _Place(NamedTuple):
     mask: AttentionMask
 
 
+def _check_roles(model: DecoderLM) -> None:
+    """Refuse a kind of MoE layer that does not say what one of its tensors is for.
+
+    Such a tensor would be counted, trained and initialised as one of a dense feed-forward.
+    """
+    moe = model.config.moe
+    for prefix, module in model.named_modules():
+        if moe is None or not (isinstance(module, Block) and module.is_moe):
+            continue
+        for name, _ in module.feed_forward.named_parameters():
+            if moe.role_of(name) is None:
+                raise ConfigError(
+                    f"{type(moe).__name__}.role_of('{name}') is None, but {prefix}.feed_forward of"
+                    f" kind '{moe.kind}' has that parameter: add the start of its name with its"
+                    " role to the section's tensor_roles"
+                )
+
+
 class DecoderLM(nn.Module):
     """A decoder-only language model from a :class:`ModelConfig`.
 
@@ -125,6 +144,7 @@ class DecoderLM(nn.Module):
         # One Parameter object under two names: named_parameters() reports it once.
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
+        _check_roles(self)
 
     def forward(
         self,
@@ -186,6 +206,72 @@ class DecoderLM(nn.Module):
         return TrainOutput(
             loss, nll, RouterTotals(*(values.detach() for values in stacked)), multi_token_nll
         )
+
+    def _place(
+        self, input_ids_BS: torch.Tensor, mask: AttentionMask, position_ids_BS: torch.Tensor | None
+    ) -> _Place:
+        positions = position_ids_BS
+        if positions is None:
+            # The tokens in the cache come first, so positions continue after them.
+            positions = torch.arange(
+                mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device
+            )
+        return _Place(positions, self.position.terms(positions), mask)
+
+    def _trunk(
+        self,
+        input_ids_BS: torch.Tensor,
+        place: _Place,
+        cache: KVCache | None,
+        fractions_LE: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, list[RouterStatistics]]:
+        x_BSD = self.position.add(self.embedding(input_ids_BS), place.positions)
+        x_BSD = functional.dropout(x_BSD, self.config.dropout.embedding, self.training)
+        statistics: list[RouterStatistics] = []
+        for index, block in enumerate(self.layers):
+            fractions_E = (
+                # Row l of the fractions belongs to the l-th routed layer, not to block l: dense
+                # blocks have none.
+                fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None
+            )
+            x_BSD, layer_statistics = self._run(
+                block, (x_BSD,), place, None if cache is None else cache.layers[index], fractions_E
+            )
+            if layer_statistics is not None:
+                statistics.append(layer_statistics)
+        return x_BSD, statistics
+
+    def _run(
+        self,
+        block: nn.Module,
+        inputs: tuple[torch.Tensor, ...],
+        place: _Place,
+        layer_cache: Any,
+        fractions_E: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """Run one block, recomputed in the backward pass if activations are checkpointed."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # The record makes the recomputation repeat the first pass' choice of experts: a top-k
+            # that flips on a rounding error would change the shapes that autograd has saved.
+            recomputed = checkpoint(
+                block,
+                *inputs,
+                place.terms,
+                place.mask,
+                None,
+                RoutingRecord(),
+                fractions_E,
+                # The re-entrant form would not see the record's fresh choice, and loses the
+                # statistics' gradient.
+                use_reentrant=False,
+            )
+            return recomputed[0], recomputed[1]
+        x_BSD, statistics = block(*inputs, place.terms, place.mask, layer_cache, None, fractions_E)
+        return x_BSD, statistics
+
+    def _normed(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, D] as the head multiplies them: normed, reduced if factorised."""
+        return self.embedding.reduce(self.final_norm(x_BSD))
 
     def logits(
         self,
@@ -266,69 +352,3 @@ class DecoderLM(nn.Module):
         return KVCache(
             [self.multi_token.block.attention.new_cache(batch_size, max_tokens, device, dtype)]
         )
-
-    def _place(
-        self, input_ids_BS: torch.Tensor, mask: AttentionMask, position_ids_BS: torch.Tensor | None
-    ) -> _Place:
-        positions = position_ids_BS
-        if positions is None:
-            # The tokens in the cache come first, so positions continue after them.
-            positions = torch.arange(
-                mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device
-            )
-        return _Place(positions, self.position.terms(positions), mask)
-
-    def _trunk(
-        self,
-        input_ids_BS: torch.Tensor,
-        place: _Place,
-        cache: KVCache | None,
-        fractions_LE: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, list[RouterStatistics]]:
-        x_BSD = self.position.add(self.embedding(input_ids_BS), place.positions)
-        x_BSD = functional.dropout(x_BSD, self.config.dropout.embedding, self.training)
-        statistics: list[RouterStatistics] = []
-        for index, block in enumerate(self.layers):
-            fractions_E = (
-                # Row l of the fractions belongs to the l-th routed layer, not to block l: dense
-                # blocks have none.
-                fractions_LE[len(statistics)] if fractions_LE is not None and block.is_moe else None
-            )
-            x_BSD, layer_statistics = self._run(
-                block, (x_BSD,), place, None if cache is None else cache.layers[index], fractions_E
-            )
-            if layer_statistics is not None:
-                statistics.append(layer_statistics)
-        return x_BSD, statistics
-
-    def _run(
-        self,
-        block: nn.Module,
-        inputs: tuple[torch.Tensor, ...],
-        place: _Place,
-        layer_cache: Any,
-        fractions_E: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, RouterStatistics | None]:
-        """Run one block, recomputed in the backward pass if activations are checkpointed."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            # The record makes the recomputation repeat the first pass' choice of experts: a top-k
-            # that flips on a rounding error would change the shapes that autograd has saved.
-            recomputed = checkpoint(
-                block,
-                *inputs,
-                place.terms,
-                place.mask,
-                None,
-                RoutingRecord(),
-                fractions_E,
-                # The re-entrant form would not see the record's fresh choice, and loses the
-                # statistics' gradient.
-                use_reentrant=False,
-            )
-            return recomputed[0], recomputed[1]
-        x_BSD, statistics = block(*inputs, place.terms, place.mask, layer_cache, None, fractions_E)
-        return x_BSD, statistics
-
-    def _normed(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, D] as the head multiplies them: normed, reduced if factorised."""
-        return self.embedding.reduce(self.final_norm(x_BSD))

@@ -13,6 +13,7 @@ from data_pipeline.loading.factory import open_loader
 from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows, prepare_packing
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
+from data_pipeline.shards.recorded import data_warnings
 from data_pipeline.shards.verification import BackgroundCheck
 from pretrain.callbacks.base import CallbackList
 from pretrain.callbacks.build import make_callbacks
@@ -121,6 +122,9 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
     zero_stage = zero_stage_of(ds_config, origin)
     datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
+    if starts_as_first_rank(os.environ):
+        for warning in data_warnings(recipe.data, datasets):
+            print(f"warning: {warning}", file=sys.stderr)
     config = resolve_config(
         recipe,
         ds_config,

@@ -55,10 +55,11 @@ class Validator:
         return self._measure(progress, self._config.max_windows)
 
     def rest(self, progress: Progress) -> None:
-        """At the end of a run, measure over the whole split too, if the sample is only a part."""
-        limit = self._config.max_windows
-        if limit is not None and limit < self._windows.num_all:
-            self._measure(progress, None)
+        """At the end of a run, measure over ``final_windows`` too, if the sample has fewer."""
+        sample, final = self._config.max_windows, self._config.final_windows
+        num_all = self._windows.num_all
+        if sample is not None and sample < (num_all if final is None else min(final, num_all)):
+            self._measure(progress, final)
 
     def _measure(self, progress: Progress, max_windows: int | None) -> float:
         with self._timer.paused():

@@ -214,20 +214,20 @@ def rows() -> tuple[Row, ...]:
 
 
 @cache
-def quarter() -> tuple[Row, ...]:
-    """A quarter of the rows: first those with values that are in no earlier one, then those with
+def sample() -> tuple[Row, ...]:
+    """The fewest rows found that have every value: each has the most values of no earlier one, then
     the most new pairs.
     """
     chosen: list[Row] = []
-    values: set[Choice] = set()
+    missing = {(name, value) for name, values in PARAMETERS.items() for value in values}
     pairs: set[Row] = set()
-    while len(chosen) < len(rows()) // 4:
+    while missing:
         best = max(
             (row for row in rows() if row not in chosen),
-            key=lambda row: (len({*row} - values), len(pairs_of(row) - pairs)),
+            key=lambda row: (len(missing & {*row}), len(pairs_of(row) - pairs)),
         )
         chosen.append(best)
-        values |= set(best)
+        missing -= set(best)
         pairs |= pairs_of(best)
     return tuple(chosen)
 

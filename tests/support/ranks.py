@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.engine.topology import free_port
+from tests.support.fork_server import ForkedProgram
 
 Case = dict[str, Any]
 Results = dict[str, dict[str, Any]]
@@ -37,19 +37,19 @@ def run_cases(worker: str, cases: Sequence[Case], world_size: int, folder: Path)
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    processes = [
-        subprocess.Popen(
+    programs = [
+        ForkedProgram(
             command,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"rank{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
+            Path.cwd(),
+            os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world_size)
     ]
     try:
-        codes = [process.wait(timeout=1500) for process in processes]
+        codes = [program.wait(timeout=1500) for program in programs]
     finally:
-        for process in processes:
-            process.kill()
+        for rank, program in enumerate(programs):
+            program.kill()
+            (folder / f"rank{rank}.log").write_text("".join(program.communicate()))
     assert not any(codes), (folder / "rank0.log").read_text()[-3000:]
     return {result["name"]: result for result in map(json.loads, results.read_text().splitlines())}

@@ -32,6 +32,7 @@ from pretrain.engine.topology import free_port
 from pretrain.run.arguments import parse_arguments
 from pretrain.run.build import build_run, build_trainer, check_data, resolve_run
 from pretrain.training.trainer import Trainer
+from tests.support.fork_server import ForkedProgram
 from tests.support.paths import LAUNCHERS
 
 SCRIPT = LAUNCHERS / "pretrain.py"
@@ -125,6 +126,9 @@ def curve(run: Path) -> list[dict[str, Any]]:
 class Started:
     """A command with all processes below it, found by a mark in their environment even when their
     parent is gone.
+
+    ``python SCRIPT ...`` is forked from a process that has imported torch and DeepSpeed, but for
+    ``new_interpreter`` or ``preexec``; a launcher is started as it is.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Started:
         folder: Path,
         variables: Mapping[str, str] | None = None,
         preexec: Callable[[], None] | None = None,
+        new_interpreter: bool = False,
     ) -> None:
         self.mark = uuid.uuid4().hex
         inherited = {
@@ -146,16 +151,26 @@ class Started:
             "MASTER_PORT": str(free_port()),
             "TEST_RUN_MARK": self.mark,
         }
+        words, environment = [str(part) for part in command], inherited | own
+        environment |= dict(variables or {})
+        self.stdout = self.stderr = ""
+        self.process: subprocess.Popen[str] | ForkedProgram
+        self._forked: psutil.Process | None = None
+        is_script = words[0] == sys.executable and words[1].endswith(".py")
+        if is_script and preexec is None and not new_interpreter:
+            self.process = ForkedProgram(words, folder, environment)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._forked = psutil.Process(self.process.pid)
+            return
         self.process = subprocess.Popen(
-            [str(part) for part in command],
+            words,
             cwd=folder,
-            env=inherited | own | dict(variables or {}),
+            env=environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             preexec_fn=preexec,
         )
-        self.stdout = self.stderr = ""
 
     def wait(self) -> int:
         """The exit code; what was printed is in ``stdout`` and ``stderr``.
@@ -174,6 +189,9 @@ class Started:
     def alive(self) -> list[psutil.Process]:
         """Every process of this command that still runs, wherever it hangs in the process tree."""
         found = []
+        # A fork shows the environment of its server, not its own.
+        if self._forked is not None and self._forked.is_running():
+            found = [self._forked, *self._forked.children(recursive=True)]
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if (
@@ -195,6 +213,27 @@ class Started:
             if process.cmdline()[1:] and any(str(SCRIPT) == part for part in process.cmdline()[1:5])
         ]
         return sorted(ranks, key=lambda process: process.pid)[number]
+
+
+def start_ranks(
+    arguments: Sequence[str | Path],
+    folder: Path,
+    variables: Mapping[str, str] | None = None,
+    world_size: int = 2,
+) -> list[Started]:
+    """Ranks of the training command from nothing but their environment: no launcher takes its
+    seconds, and none ends the others when one dies.
+    """
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), **(variables or {})}
+    return [
+        Started(
+            [sys.executable, SCRIPT, *arguments],
+            folder,
+            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]
 
 
 def wait_for_step(run: Path, step: int, started: Started) -> None:

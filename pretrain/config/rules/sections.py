@@ -133,6 +133,11 @@ def experts_divide(recipe: Recipe) -> None:
         raise ConfigError(
             f"parallel.ep_size is {ep_size}, but the model has no MoE layer: set parallel.ep_size=1"
         )
+    if moe is not None and ep_size > 1 and not moe.spreads_experts:
+        raise ConfigError(
+            f"parallel.ep_size is {ep_size}, but every rank has all experts of model.moe.kind"
+            f" '{moe.kind}': set parallel.ep_size=1"
+        )
     if moe is not None and moe.total_experts % ep_size:
         raise ConfigError(
             f"parallel.ep_size ({ep_size}) does not divide {moe.experts_field}: choose a divisor"

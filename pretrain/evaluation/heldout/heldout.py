@@ -104,6 +104,7 @@ def score_checkpoint(
     data: str | Path | None,
     split: SplitName,
     device: torch.device,
+    *,
     batch_size: int | None = None,
     max_windows: int | None = None,
     baselines: Sequence[str] = ("bigram",),
@@ -133,11 +134,11 @@ def score_checkpoint(
     plan = _plan(
         window or length,
         stride,
-        longest,
-        batch_size or recipe.train.micro_batch_size,
-        datasets.pad_id,
-        recipe,
-        max_windows,
+        longest=longest,
+        batch_size=batch_size or recipe.train.micro_batch_size,
+        pad_id=datasets.pad_id,
+        recipe=recipe,
+        max_windows=max_windows,
     )
     text = read_split(datasets, split)
 
@@ -164,6 +165,7 @@ def score_transformers(
     data: str | Path,
     split: SplitName,
     device: torch.device,
+    *,
     batch_size: int = 1,
     max_windows: int | None = None,
     baselines: Sequence[str] = (),
@@ -190,7 +192,15 @@ def score_transformers(
     opened = open_transformers(folder, device)
     # Foreign models have contexts of 100,000 tokens and more, in which few windows fit.
     window = window or min(1024, opened.max_positions)
-    plan = _plan(window, stride, opened.max_positions, batch_size, opened.eod_id, None, max_windows)
+    plan = _plan(
+        window,
+        stride,
+        longest=opened.max_positions,
+        batch_size=batch_size,
+        pad_id=opened.eod_id,
+        recipe=None,
+        max_windows=max_windows,
+    )
     encoded = in_tokens_of(opened, text, window, max_windows)
     score = _score(transformers_logits(opened.model), encoded, plan, device, f"{split} windows")
     scores = {name: _score_baseline(name, {}, text, plan, device) for name in baselines}
@@ -237,6 +247,7 @@ def _heldout_score(
 def _plan(
     window: int,
     stride: int | None,
+    *,
     longest: int,
     batch_size: int,
     pad_id: int,

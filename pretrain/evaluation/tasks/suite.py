@@ -135,10 +135,17 @@ class Suite:
             result["code"] = self._code(opened, self.code)
 
     def _heldout(self, folder: Path, options: HeldoutOptions) -> HeldoutScore:
-        how = (options.max_windows, options.baselines, options.window, options.stride)
         if not is_hf_folder(folder):
             return score_checkpoint(
-                folder, options.data, options.split, self.device, self.batch_size, *how
+                folder,
+                options.data,
+                options.split,
+                self.device,
+                batch_size=self.batch_size,
+                max_windows=options.max_windows,
+                baselines=options.baselines,
+                window=options.window,
+                stride=options.stride,
             )
         if options.data is None:
             raise ConfigError(
@@ -146,7 +153,15 @@ class Suite:
                 " FOLDER"
             )
         return score_transformers(
-            folder, options.data, options.split, self.device, self.batch_size or WRITING_BATCH, *how
+            folder,
+            options.data,
+            options.split,
+            self.device,
+            batch_size=self.batch_size or WRITING_BATCH,
+            max_windows=options.max_windows,
+            baselines=options.baselines,
+            window=options.window,
+            stride=options.stride,
         )
 
     def _code(

@@ -72,7 +72,11 @@ def permute_rows(
 
 
 def combine(
-    rows_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, weights_TK: torch.Tensor
+    rows_RD: torch.Tensor,
+    *,
+    order_R: torch.Tensor,
+    inverse_R: torch.Tensor,
+    weights_TK: torch.Tensor,
 ) -> torch.Tensor:
     """Weighted sum of each token's K rows: [T * K, D] in expert order -> [T, D].
 

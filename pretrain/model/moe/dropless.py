@@ -212,7 +212,9 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         )
         # Before the weights, so that a dropped element is one of an expert's output.
         rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
-        y_TD = combine(rows_RD, order_R, inverse_R, routing.topk_weights_TK)
+        y_TD = combine(
+            rows_RD, order_R=order_R, inverse_R=inverse_R, weights_TK=routing.topk_weights_TK
+        )
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         if torch.is_inference_mode_enabled():

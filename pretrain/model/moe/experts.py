@@ -41,6 +41,7 @@ class ExpertForm(NamedTuple):
 def experts_loop(
     x_RD: torch.Tensor,
     counts_e: torch.Tensor,
+    *,
     w1_eXD: torch.Tensor,
     w2_eDF: torch.Tensor,
     w3_eXD: torch.Tensor,
@@ -76,6 +77,7 @@ def experts_loop(
 def experts_of_one_token(
     x_1D: torch.Tensor,
     chosen: list[int],
+    *,
     w1_eXD: torch.Tensor,
     w2_eDF: torch.Tensor,
     w3_eXD: torch.Tensor,
@@ -96,6 +98,7 @@ def experts_of_one_token(
 def experts_grouped_mm(
     x_RD: torch.Tensor,
     counts_e: torch.Tensor,
+    *,
     w1_eXD: torch.Tensor,
     w2_eDF: torch.Tensor,
     w3_eXD: torch.Tensor,
@@ -170,8 +173,9 @@ class Experts(nn.Module):
                 D] are returned.
         """
         form = self.form if self.training else self.form._replace(dropout=0.0)
+        matrices = {"w1_eXD": self.w1, "w2_eDF": self.w2, "w3_eXD": self.w3}
         if chosen is not None:
-            return experts_of_one_token(x_RD, chosen, self.w1, self.w2, self.w3, form, biases)
+            return experts_of_one_token(x_RD, chosen, **matrices, form=form, biases=biases)
         assert counts_e is not None
         compute = experts_grouped_mm if self.uses_grouped_mm(x_RD) else experts_loop
-        return compute(x_RD, counts_e, self.w1, self.w2, self.w3, form, biases)
+        return compute(x_RD, counts_e, **matrices, form=form, biases=biases)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,12 @@ from data_pipeline.shards.inspection import (
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.core.errors import DataError
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 
 
 def run(tool: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOLS / tool), *options], capture_output=True, text=True, timeout=300
-    )
+    return run_python(TOOLS / tool, *options)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 
 TOOL = TOOLS / "preprocess_data.py"
@@ -45,9 +47,11 @@ def work(tmp_path: Path, write_corpus: Callable[..., None]) -> Path:
 def run(
     folder: Path, *options: str, limit_file_size: int | None = None
 ) -> subprocess.CompletedProcess[str]:
+    if limit_file_size is None:
+        return run_python(TOOL, *options, cwd=folder)
+
     def limit() -> None:
-        if limit_file_size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, limit_file_size))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, limit_file_size))
 
     command = [sys.executable, str(TOOL), *options]
     return subprocess.run(
@@ -198,6 +202,42 @@ def megatrons_form(work: Path) -> list[str]:
     ]
 
 
+def trains(folder: Path, printed: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run what follows the launcher's own options in a ``next:`` line."""
+    words = shlex.split(printed)
+    assert words[:3] == ["deepspeed", "--num_accelerators", "2"]
+    return run_python(*words[3:], *options, cwd=folder)
+
+
+def test_the_next_line_trains_with_the_options_of_the_build(work: Path) -> None:
+    settings = (
+        "data.source={kind: text, input: [raw/*.txt]}",
+        "data.tokenizer.vocab_size=300",
+        "data.document_mask=true",
+        "run_path=my run",
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    built = run(work, "--recipe", "debug", *options, "--output", "data/my own", "--json", "-")
+    assert built.returncode == 0, built.stderr
+    done = trains(work, json.loads(built.stdout)["next"], "--set", "train.train_tokens=1024")
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    saved = (work / "my run" / "recipe.yaml").read_text()
+    assert "document_mask: true" in saved and "path: data/my own" in saved
+
+
+def test_the_next_line_leaves_out_what_its_recipe_does_not_take(work: Path) -> None:
+    """The source of --input is not that of the recipe, and has another kind's fields."""
+    built = run(
+        work, *SMALL, "--set", "data.source.encoding=utf-8", "--set", "data.document_mask=true"
+    )
+    assert built.returncode == 0, built.stderr
+    printed = built.stdout.rpartition("next: ")[2]
+    assert "data.document_mask=true" in printed and "encoding" not in printed
+    planned = trains(work, printed, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+
+
 def test_megatrons_form_writes_what_the_tokenizers_library_gives_in_input_order(work: Path) -> None:
     command = megatrons_form(work)
     result = run(work, *command, "--output-prefix", "data/corpus", "--workers", "2")
@@ -289,19 +329,8 @@ def test_a_clone_from_the_hub_is_trained_on_without_its_readme_and_held_out_rows
 
 def test_standard_input_is_read_once_and_built(work: Path) -> None:
     content = "".join(json.dumps({"text": f"line {number} " * 20}) + "\n" for number in range(60))
-    command = [
-        sys.executable,
-        str(TOOL),
-        "--input",
-        "-",
-        "--vocab-size",
-        "300",
-        "--output",
-        "data/piped",
-    ]
-    result = subprocess.run(
-        command, cwd=work, input=content, capture_output=True, text=True, timeout=300
-    )
+    options = ("--input", "-", "--vocab-size", "300", "--output", "data/piped")
+    result = run_python(TOOL, *options, cwd=work, given=content)
     assert result.returncode == 0, result.stderr
     manifest = json.loads((work / "data" / "piped" / "manifest.json").read_text())
     assert manifest["sources"]["all"]["documents"] == 60

@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.split import SPLITS, position, text_digest
 from data_pipeline.sources import files
 from pretrain.core.errors import ConfigError, DataError
-from tests.support.paths import ROOT
+from tests.support.fork_server import run_python
+from tests.support.paths import TOOLS
 from tests.unit.data_pipeline.preprocess.test_build import contents, jsonl, texts
 
 SHARE = 0.3
@@ -329,15 +328,7 @@ def test_a_file_in_two_sources_is_refused_under_whatever_names(corpus: Path) -> 
 
 def test_the_command_splits_by_what_it_is_told(corpus: Path) -> None:
     jsonl(corpus / "a.jsonl", [{"text": f"text {n}", "url": f"u{n}"} for n in NUMBERS])
-    command = [
-        sys.executable,
-        str(ROOT / "tools/preprocess_data.py"),
-        "--input",
-        "a.jsonl",
-        "a.jsonl",
-        "--vocab-size",
-        "280",
-    ]
+    command = (TOOLS / "preprocess_data.py", "--input", "a.jsonl", "a.jsonl", "--vocab-size", "280")
     options = [
         "--output",
         "data",
@@ -350,16 +341,12 @@ def test_the_command_splits_by_what_it_is_told(corpus: Path) -> None:
         "--json",
         "-",
     ]
-    done = subprocess.run(command + options, capture_output=True, text=True, check=True)
+    done = run_python(*command, *options)
+    assert done.returncode == 0, done.stderr
     held_out = sum(position(0, f"u{n}") < SHARE for n in NUMBERS)
     assert (
         json.loads(done.stdout)["splits"]["validation"]["documents"] == held_out
         and "each file is read once" in done.stderr
     )
-    refused = subprocess.run(
-        [*command, "--output", "other", "--split-by", "id"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    refused = run_python(*command, "--output", "other", "--split-by", "id")
     assert refused.returncode == 2 and "has no id_field" in refused.stderr

@@ -274,7 +274,10 @@ def test_a_rank_that_looks_only_at_its_own_part_of_a_gradient_is_noticed(
 
 def test_optimizers_differ_from_each_other(spanning: dict[int, Results]) -> None:
     rows = [spanning[1][f"dropless-{kind}/zero0/ep1"] for kind in OPTIMIZERS]
+    # The first step's loss is before any update; AdamW's runs are longer.
     assert all(
-        difference(row, other) > 1e-6 for number, row in enumerate(rows) for other in rows[:number]
+        abs(row["nll"][5] - other["nll"][5]) > 1e-6 * row["nll"][5]
+        for number, row in enumerate(rows)
+        for other in rows[:number]
     )
     assert all(row["nll"][-1] < row["nll"][0] - 0.05 for row in rows)

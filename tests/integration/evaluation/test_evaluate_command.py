@@ -228,7 +228,14 @@ def test_a_stride_below_the_window_counts_every_target_once_with_more_context(
         first_SV.gather(1, tokens[1:33, None]).sum()
         + log_probs_SV[24:].gather(1, tokens[33:41, None]).sum()
     )
-    few = score_checkpoint(trained.checkpoint, trained.data, "validation", CPU, 2, 10**6, (), 32, 8)
+    few = score_checkpoint(
+        *(trained.checkpoint, trained.data, "validation", CPU),
+        batch_size=2,
+        max_windows=10**6,
+        baselines=(),
+        window=32,
+        stride=8,
+    )
     assert few.loss == pytest.approx(sliding.loss, rel=1e-6) and by_hand / 40 == pytest.approx(
         _first_targets(trained, 2), rel=1e-5
     )

@@ -48,7 +48,7 @@ def score(checkpoint: Path, trained: Trained, batch_size: int) -> HeldoutScore:
         trained.data,
         "validation",
         torch.device("cpu"),
-        batch_size,
+        batch_size=batch_size,
         max_windows=8,
         baselines=(),
     )

@@ -22,6 +22,7 @@ from pretrain.config.load import recipe_to_yaml
 from pretrain.core.errors import BAD_CHECKPOINT, BAD_DATA, DONE, USAGE, CheckpointError, run_command
 from pretrain.export.convert import export_hf, export_safetensors
 from pretrain.export.writer import open_exported_weights
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 from tests.support.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
 from tests.support.tiny_checkpoint import STEPS, Trained, make_data, seal
@@ -53,12 +54,7 @@ def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def convert_in_a_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_python(TOOL, *arguments)
 
 
 def changed_copy(trained: Trained, folder: Path, overrides: dict[str, object]) -> Path:

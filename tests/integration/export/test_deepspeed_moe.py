@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from pretrain.core.errors import DONE, CheckpointError, ConfigError
 from pretrain.export.deepspeed_moe import import_deepspeed
 from pretrain.export.writer import open_exported_weights
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 
 TOOL = TOOLS / "convert_checkpoint.py"
@@ -108,7 +107,7 @@ def test_the_command_follows_latest(folder: Path, tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True)
+    done = run_python(TOOL, *arguments)
     assert done.returncode == DONE, done.stderr
     assert "wrote 8 tensors" in done.stdout
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from pretrain.export.parity import load_exported, same_bits
 from pretrain.export.targets import choose_target
 from pretrain.export.writer import RECORD, WEIGHTS, open_exported_weights
 from pretrain.model.moe.config import RoutedMoE
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 from tests.support.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
 from tests.support.tool_runs import run_here
@@ -120,18 +119,8 @@ def test_an_imported_model_writes_the_same_text_and_is_exported_by_the_command(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     source = their_folder(tmp_path, "mixtral_8x7b_mini", tokenizer, torch.float32)
-    command = [
-        sys.executable,
-        str(TOOLS / "convert_checkpoint.py"),
-        "--from",
-        "hf",
-        str(source),
-        "--output",
-        str(tmp_path / "ours"),
-        "--json",
-        "-",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ("--from", "hf", source, "--output", tmp_path / "ours", "--json", "-")
+    done = run_python(TOOLS / "convert_checkpoint.py", *options)
     assert done.returncode == DONE, done.stderr
     assert json.loads(done.stdout)["parity"]["windows"] == 4
     texts = []

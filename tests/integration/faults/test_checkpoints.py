@@ -203,7 +203,8 @@ main(sys.argv[1:])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint(
     run: Path, tiny: Tiny, train: Command
 ) -> None:
-    command = [sys.executable, "-c", KILLED_BEFORE_THE_RENAME]
+    (run.parent / "killed.py").write_text(KILLED_BEFORE_THE_RENAME)
+    command: list[str | Path] = [sys.executable, run.parent / "killed.py"]
     started = Started([*command, *tiny.arguments(run, steps=7)], run.parent)
     assert started.wait() == -signal.SIGKILL, started.stderr
     checkpoints = run / "checkpoints"

@@ -5,16 +5,14 @@ is bitwise the same.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pretrain.core.errors import PEER_LOST, PREEMPTED
-from pretrain.engine.topology import free_port
 from tests.support.paths import LAUNCHERS
-from tests.support.tiny_run import SCRIPT, Started, Tiny, curve, wait_for_step
+from tests.support.tiny_run import Started, Tiny, curve, start_ranks, wait_for_step
 
 Command = Callable[[list[str]], tuple[int, str]]
 STEPS = 45
@@ -31,18 +29,6 @@ def arguments_for(tiny: Tiny, run: Path) -> list[str]:
 
 def start(script: str, tiny: Tiny, run: Path) -> Started:
     return Started([LAUNCHERS / script, *arguments_for(tiny, run)], run.parent)
-
-
-def start_without_launcher(tiny: Tiny, run: Path) -> list[Started]:
-    """Two ranks from nothing but their environment, so that nobody ends the one when the other
-    dies.
-    """
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command: list[str | Path] = [sys.executable, SCRIPT, *arguments_for(tiny, run)]
-    return [
-        Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
 
 
 def saved_step(run: Path) -> int:
@@ -79,7 +65,7 @@ def test_signals_to_the_launcher_to_one_rank_and_a_kill_leave_the_curve_bitwise_
     assert second >= first + 5
     assert to_one_rank.survivors() == []
 
-    survivor, victim = start_without_launcher(tiny, run)
+    survivor, victim = start_ranks(arguments_for(tiny, run), run.parent)
     wait_for_step(run, second // 10 * 10 + 12, survivor)
     victim.process.kill()
     assert survivor.wait() == PEER_LOST

@@ -151,6 +151,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_and_their_exit_code_comes_ba
             "pretrain.py",
         ],
         tmp_path,
+        new_interpreter=True,
     )
     deadline = time.monotonic() + 120
     while (

@@ -23,6 +23,7 @@ from pretrain.core.errors import BAD_CHECKPOINT, DONE, USAGE, CheckpointError, C
 from pretrain.export.writer import open_exported_weights
 from pretrain.merging.blend import decay_rates, uniform_rates, weighted_rates
 from tests.support.checkpoint_variants import over_ranks, shaken, variant
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 from tests.support.tiny_checkpoint import STEPS, Trained, make_trained, seal
 from tools.merge_checkpoints import main
@@ -254,12 +255,7 @@ def test_a_mixture_of_equal_models_is_that_model(
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_python(TOOL, *arguments)
 
 
 def test_the_command_prints_the_losses_and_never_overwrites(run: Path, tmp_path: Path) -> None:

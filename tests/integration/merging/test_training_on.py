@@ -15,7 +15,7 @@ from pretrain.checkpoint.layout import RECIPE
 from pretrain.checkpoint.weights import load_state_dict
 from pretrain.core.errors import CheckpointError
 from pretrain.train import main
-from tests.support.tiny_run import SCRIPT, Started, Tiny, curve, own_process
+from tests.support.tiny_run import Tiny, curve, own_process, start_ranks
 from tools.upcycle import main as upcycle
 
 DENSE = ("model.layer_pattern.kind=all_dense", "model.intermediate_size=32", "model.moe=null")
@@ -95,8 +95,8 @@ def test_an_upcycled_model_trains_on_over_ranks_from_the_dense_models_loss(
         "parallel.ep_size=2",
     ):
         arguments += ["--set", setting]
-    started = Started(["deepspeed", "--num_accelerators", "2", SCRIPT, *arguments], tmp_path)
-    assert started.wait() == 0, started.stderr
+    for rank in start_ranks(arguments, tmp_path):
+        assert rank.wait() == 0, rank.stderr
     found = losses(run)
     assert found[0] == pytest.approx(dense_goes_on[0], abs=1e-5)
     assert len(found) == 4 and found[-1] < found[0]

@@ -13,6 +13,7 @@ import pytest
 from pretrain.config.load import load_recipe
 from pretrain.core.errors import DONE, ConfigError, StorageError
 from pretrain.model.sizes import COMPONENTS
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 from tools.analyze_model import analyze, main, memory_by_layout, model_size, sized_model
 
@@ -20,13 +21,7 @@ TOOL = TOOLS / "analyze_model.py"
 
 
 def run(*arguments: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-    )
+    return run_python(TOOL, *arguments, cwd=folder)
 
 
 def analyzed(name: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
@@ -50,6 +45,8 @@ def test_json_alone_on_standard_output_and_a_picture(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result == analyzed("p828_60m", world_size=4)
     assert result["parameters_total"] == 60_889_356 and result["parameters_active"] == 56_950_028
+    assert result["kinds"]["model.attention"] == "gqa"
+    assert result["kinds"]["optimizer"] == "adamw" and "model.moe.router" in result["kinds"]
     assert result["recipe"] == "p828_60m" and result["parameters_padding"] == 0
     assert sum(result["components"].values()) == result["parameters_total"] and set(
         result["components"]

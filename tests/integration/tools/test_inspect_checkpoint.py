@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pretrain.checkpoint.weights import load_state_dict
 from pretrain.core.errors import BAD_CHECKPOINT, DONE
 from pretrain.core.files import file_sha256
 from tests.support.checkpoint_variants import over_ranks, variant
+from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
 from tests.support.tiny_checkpoint import STEPS, Trained, make_trained
 
@@ -31,12 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_python(TOOL, *arguments)
 
 
 def test_files_weights_and_experts_are_told(trained: Trained) -> None:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.engine.topology import free_port
 from tests.support.paths import ROOT, TOOLS
-from tests.support.tiny_run import SCRIPT, STEP_TOKENS, WORDS, Started
+from tests.support.tiny_run import STEP_TOKENS, WORDS, Started, start_ranks
 
 PARTS = ROOT / "tests" / "support" / "plugin_package"
 STEPS = 10
@@ -66,17 +65,21 @@ class Outside:
     def checkpoint(self) -> str:
         return str(self.folder / "run" / "checkpoints" / "latest")
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment's variables of every process."""
+        return {
+            "PYTHONPATH": f"{self.folder / 'site'}:{ROOT}",
+            "MY_PARTS_CANARY": str(self.folder / "canary"),
+        }
+
     def imports(self) -> int:
         """Processes that have imported the package so far."""
         return len(list((self.folder / "canary").iterdir()))
 
     def start(self, *command: str | Path, code: int = 0) -> Started:
         """Run a command in another folder than the tree's; it has to end with ``code``."""
-        variables = {
-            "PYTHONPATH": str(self.folder / "site"),
-            "MY_PARTS_CANARY": str(self.folder / "canary"),
-        }
-        started = Started(command, self.folder, variables)
+        started = Started(command, self.folder, self.variables)
         found = started.wait()
         assert found == code, f"exit code {found}: {started.stdout}{started.stderr}"
         return started
@@ -86,9 +89,11 @@ class Outside:
         return self.start(sys.executable, TOOLS / name, *options, code=code)
 
     def train(self, *options: str) -> Started:
-        """Train on two ranks by DeepSpeed's launcher."""
-        ranks = ("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()))
-        return self.start(*ranks, SCRIPT, "--recipe", self.recipe, *options)
+        """Train on two ranks; returns rank 0."""
+        ranks = start_ranks(["--recipe", self.recipe, *options], self.folder, self.variables)
+        for rank in ranks:
+            assert rank.wait() == 0, f"{rank.stdout}{rank.stderr}"
+        return ranks[0]
 
 
 @pytest.fixture
@@ -330,5 +335,43 @@ def test_a_guard_of_a_plugin_has_a_name_of_its_own(
     plugins = ("--plugin", "first", "--plugin", "second")
     started = outside.tool(
         *("analyze_model.py", "--recipe", "debug", *plugins, "--set", more), code=2 if words else 0
+    )
+    assert all(word in started.stderr for word in words), started.stderr
+
+
+LAYERS = """
+from typing import ClassVar, Literal
+from pretrain.model.moe.config import DroplessMoEConfig
+
+
+class Together(DroplessMoEConfig):
+    spreads_experts: ClassVar[bool] = False
+    kind: Literal["together"]
+
+
+class Forgetful(DroplessMoEConfig):
+    tensor_roles: ClassVar[dict] = {
+        name: role for name, role in DroplessMoEConfig.tensor_roles.items() if name != "experts."
+    }
+    kind: Literal["forgetful"]
+"""
+
+
+@pytest.mark.parametrize(
+    "kind,ep_size,words",
+    [
+        ("together", 1, []),
+        ("together", 2, ["parallel.ep_size is 2", "'together'", "set parallel.ep_size=1"]),
+        ("forgetful", 1, ["Forgetful.role_of('experts.w1') is None", "layers.0", "tensor_roles"]),
+    ],
+)
+def test_a_kind_of_layer_says_what_it_cannot_do_and_what_its_tensors_are(
+    outside: Outside, kind: str, ep_size: int, words: list[str]
+) -> None:
+    (outside.folder / "site" / "layers.py").write_text(LAYERS)
+    options = ("--set", f"model.moe.kind={kind}", "--set", f"parallel.ep_size={ep_size}")
+    started = outside.tool(
+        *("analyze_model.py", "--recipe", "debug", "--plugin", "layers", *options),
+        code=2 if words else 0,
     )
     assert all(word in started.stderr for word in words), started.stderr

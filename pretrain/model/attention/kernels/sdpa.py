@@ -31,7 +31,9 @@ def sdpa_attention(
     causal = mask is None and num_queries > 1
     if scores.sinks_N is not None:
         # sdpa multiplies all scores by the scale, the sinks included: they are divided by it first.
-        q_BNSH, k_BMUH, v_BMUV = _with_sinks(q_BNSH, k_BMUH, v_BMUV, scores.sinks_N / scores.scale)
+        q_BNSH, k_BMUH, v_BMUV = _with_sinks(
+            q_BNSH, k_BMUH, v_BMUV, sinks_N=scores.sinks_N / scores.scale
+        )
         if causal:
             # The sink is key 0, so is_causal would hide each query's own key: one more query in
             # front, which sees the sink alone, shifts them back.
@@ -82,7 +84,7 @@ def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor)
 
 
 def _with_sinks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks_N: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sinks_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One more key before the others, whose product with each query is the sink, and a zero value.
 

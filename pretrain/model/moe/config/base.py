@@ -61,6 +61,7 @@ class MoE(Component):
     Attributes:
         tensor_roles: the role of each tensor by the start of its name below the feed-forward.
         zero_stages: DeepSpeed's stages that train this kind.
+        spreads_experts: whether ranks can share its experts, with ``parallel.ep_size`` above 1.
         has_tables: whether experts are rows of fp32 tables, trained apart from DeepSpeed's engine.
         forms_expert_outputs: whether the output of one expert exists as a tensor, for its dropout.
         scales_with_width: whether muP has learning rates for it.
@@ -69,6 +70,7 @@ class MoE(Component):
 
     tensor_roles: ClassVar[Mapping[str, Role]]
     zero_stages: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    spreads_experts: ClassVar[bool] = True
     has_tables: ClassVar[bool] = False
     forms_expert_outputs: ClassVar[bool] = True
     scales_with_width: ClassVar[bool] = False

@@ -4,7 +4,7 @@ other; values and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_combined_rows_equal_a_weighted_index_add(
 ) -> None:
     order_R, inverse_R = orders
     rows_RD, weights_TK = random_tensor(T * K, D), random_tensor(T, K, seed=1)
-    ours = combine(rows_RD, order_R, inverse_R, weights_TK)
+    ours = combine(rows_RD, order_R=order_R, inverse_R=inverse_R, weights_TK=weights_TK)
     expected = torch.zeros(T, D).index_add(
         0, order_R // K, rows_RD * weights_TK.flatten()[order_R, None]
     )
@@ -92,7 +92,7 @@ def test_a_wrong_inverse_permutation_is_told_apart(
 ) -> None:
     order_R, _ = orders
     rows_RD, weights_TK = random_tensor(T * K, D), random_tensor(T, K, seed=1)
-    wrong = combine(rows_RD, order_R, order_R, weights_TK)
+    wrong = combine(rows_RD, order_R=order_R, inverse_R=order_R, weights_TK=weights_TK)
     expected = torch.zeros(T, D).index_add(
         0, order_R // K, rows_RD * weights_TK.flatten()[order_R, None]
     )
@@ -106,7 +106,10 @@ def test_combine_adds_bf16_rows_in_fp32() -> None:
         torch.ones(1, 3),
     )
     identity = torch.arange(3)
-    assert combine(rows_RD, identity, identity, weights_TK).item() == 258.0
+    assert (
+        combine(rows_RD, order_R=identity, inverse_R=identity, weights_TK=weights_TK).item()
+        == 258.0
+    )
 
 
 def test_rows_from_several_ranks_are_grouped_by_local_expert() -> None:
@@ -133,16 +136,23 @@ FORMS = {
 }
 
 
+def named(weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The three matrices of experts as arguments."""
+    return dict(zip(("w1_eXD", "w2_eDF", "w3_eXD"), weights, strict=True))
+
+
 def experts_naive(
     x_RD: torch.Tensor,
     counts_e: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    w3: torch.Tensor,
+    *,
+    w1_eXD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    w3_eXD: torch.Tensor,
     form: ExpertForm,
-    biases: ExpertBiases | None,
+    biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
     """One row after the other."""
+    w1, w2, w3 = w1_eXD, w2_eDF, w3_eXD
     rows = []
     b1, b3, b2 = biases or (torch.zeros(E, 1, dtype=x_RD.dtype),) * 3
     for x, e in zip(x_RD, torch.arange(len(counts_e)).repeat_interleave(counts_e)):
@@ -180,7 +190,7 @@ def test_expert_kernels_agree_with_gradients(
     leaves = [x_RD, *low, *(biases or ())]
     results = {}
     for compute in (experts_naive, experts_loop, experts_grouped_mm):
-        output_RD = compute(x_RD, counts_e, *low, form, biases)
+        output_RD = compute(x_RD, counts_e, **named(low), form=form, biases=biases)
         results[compute] = [output_RD, *gradients_of(output_RD, leaves)]
         assert output_RD.dtype == dtype
     assert_all_close(results[experts_loop], results[experts_naive], tolerance)
@@ -196,8 +206,12 @@ def test_rows_of_a_neighbouring_expert_are_told_apart() -> None:
         random_tensor(E, F, D, seed=2),
     ]
     x_RD = random_tensor(20, D, seed=3)
-    right = experts_naive(x_RD, torch.tensor([4, 4, 4, 4, 4]), *weights, FORMS["swiglu"], None)
-    shifted = experts_loop(x_RD, torch.tensor([5, 3, 4, 4, 4]), *weights, FORMS["swiglu"], None)
+    right = experts_naive(
+        x_RD, torch.tensor([4, 4, 4, 4, 4]), **named(weights), form=FORMS["swiglu"]
+    )
+    shifted = experts_loop(
+        x_RD, torch.tensor([5, 3, 4, 4, 4]), **named(weights), form=FORMS["swiglu"]
+    )
     assert ((right - shifted).abs().amax(dim=1) > 1.0).nonzero().flatten().tolist() == [4]
 
 
@@ -213,5 +227,8 @@ def test_experts_that_no_token_chose_answer_with_no_rows(
     ]
     with torch.set_grad_enabled(training):
         assert compute(
-            random_tensor(0, D), torch.zeros(E, dtype=torch.long), *weights, FORMS["swiglu"], None
+            random_tensor(0, D),
+            torch.zeros(E, dtype=torch.long),
+            **named(weights),
+            form=FORMS["swiglu"],
         ).shape == (0, D)
