@@ -36,9 +36,11 @@ from pretrain.model.sizes import model_size, peak_flops
 from pretrain.run.folder import CHECKPOINTS, USAGE
 from pretrain.run.resolve import resolve_config
 from pretrain.training.checkpointing import Checkpoints, RunParts
-from pretrain.training.metrics import MetricsRecorder
+from pretrain.training.goodput import GoodputMeter
+from pretrain.training.metrics import MetricsRecorder, timing_interval
 from pretrain.training.records import RecordWriter
 from pretrain.training.schedules import schedules_of
+from pretrain.training.slow_ranks import OwnTime
 from pretrain.training.stopping import Stopping
 from pretrain.training.timing import StepTimer
 from pretrain.training.trainer import Trainer
@@ -224,11 +226,22 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
         wait.watch(guard.warn_seconds, guard.stop_seconds, incidents.report_stall)
     guards = GuardPolicy(recipe.guards, engine, incidents)
     # Measurements share one clock, which does not run during validation and saving.
-    timer = StepTimer()
+    own_time = OwnTime(topology, timing_interval(recipe.logging))
+    timer = StepTimer(own_time.step)
     writer = RecordWriter(resolved.timeline, run.loader, callbacks)
     peak = peak_flops(topology.device, resolved.precision)
+    folder = resolved.folder if topology.is_main else None
     metrics = MetricsRecorder(
-        engine, run.loader, guards, writer, timer, recipe.model, recipe.logging, peak
+        engine,
+        run.loader,
+        guards,
+        writer,
+        timer,
+        recipe.model,
+        recipe.logging,
+        peak,
+        GoodputMeter(folder, timer, run.loader.prefetch_wait),
+        own_time,
     )
     validator: Validator | None = None
     if run.held_out is not None:
