@@ -49,12 +49,13 @@ def survive_hangup() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         # Notebooks and tests put streams there that have no descriptor.
-        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
-            raw = getattr(stream.buffer, "raw", None)
-            if isinstance(raw, io.FileIO):
-                stream.flush()
-                buffered = io.BufferedWriter(_Terminal(stream.fileno()))
-                terminal = io.TextIOWrapper(
-                    buffered, stream.encoding, stream.errors, line_buffering=True
-                )
-                setattr(sys, name, terminal)
+        if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
+            continue
+        # Without a buffer (python -u) it is the file itself; of another kind it was replaced before.
+        if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
+            stream.flush()
+            buffered = io.BufferedWriter(_Terminal(stream.fileno()))
+            terminal = io.TextIOWrapper(
+                buffered, stream.encoding, stream.errors, line_buffering=True
+            )
+            setattr(sys, name, terminal)

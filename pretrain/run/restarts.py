@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from pretrain.config.load import load_recipe
 from pretrain.core.cli import add_recipe_options
@@ -44,6 +45,13 @@ MPICH_HOST = re.compile(r"PID \d+ RUNNING AT (\S+)")
 PDSH_HOST = re.compile(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 
 
+class _SilentParser(argparse.ArgumentParser):
+    """Reads options that the ranks read again, and leaves errors to them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
 def script_index(command: Sequence[str]) -> int | None:
     """Return the position of the training script in a launcher's command; None without one."""
     for index, part in enumerate(command):
@@ -60,13 +68,13 @@ def checkpoint_pointer(command: Sequence[str]) -> Path | None:
     script = script_index(command)
     if script is None:
         return None
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser = _SilentParser(add_help=False)
     add_plugin_option(parser)
     add_recipe_options(parser)
     try:
         options, _ = parser.parse_known_args(command[script + 1 :])
         recipe = load_recipe(options.recipe, options.overrides)
-    except (argparse.ArgumentError, PipelineError, OSError, SystemExit):
+    except (PipelineError, OSError):
         return None
     return Path(recipe.output_path) / "checkpoints" / "latest"
 
@@ -207,8 +215,8 @@ class Hosts:
         before = self.file
         self._replace(kept, slots)
         return (
-            f"host {host} has failed {self._faults[host]} times: the next start is without its "
-            f"{slots} ranks, with {self.file} in place of {before}"
+            f"host {host} has failed {self._faults[host]} times: the next start is without it and "
+            f"its slots ({slots}), with {self.file} in place of {before}"
         )
 
     def _replace(self, lines: Sequence[str], slots: int) -> None:
