@@ -1,7 +1,7 @@
 """The ties between a rank and the processes that started it: it ends when one of them has died.
 
-A launcher that is killed leaves its ranks running, and they hold their GPUs. Two ties prevent it. The
-kernel signals a rank whose launcher has died; and a thread of the rank watches the supervisor,
+A launcher that is killed leaves its ranks running, and they hold their GPUs. Two ties prevent it:
+the kernel signals a rank whose launcher has died; and a thread of the rank watches the supervisor,
 which is its grandparent or further away.
 """
 

@@ -51,7 +51,7 @@ def survive_hangup() -> None:
         # Notebooks and tests put streams there that have no descriptor.
         if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
             continue
-        # Without a buffer (python -u) it is the file itself; of another kind it was replaced before.
+        # Without a buffer (python -u) it is the file itself; another kind was put there before.
         if isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
             stream.flush()
             buffered = io.BufferedWriter(_Terminal(stream.fileno()))

@@ -17,7 +17,8 @@ class Progress:
             loss scale fell.
         train_seconds: spent in steps, without validation and saving.
         stall_seconds: of these, spent waiting for batches.
-        rolled_back_steps, rolled_back_seconds: that guards went back over; without ``stall_seconds``.
+        rolled_back_steps, rolled_back_seconds: that guards went back over, without
+            ``stall_seconds``.
         last_validation, validation_step, validation_targets: the newest validation loss (nats a
             token), and the step and the number of targets that it is of.
         best_validation, best_step: of the validations over ``validation.max_windows``.

@@ -229,20 +229,7 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
     own_time = OwnTime(topology, timing_interval(recipe.logging))
     timer = StepTimer(own_time.step)
     writer = RecordWriter(resolved.timeline, run.loader, callbacks)
-    peak = peak_flops(topology.device, resolved.precision)
-    folder = resolved.folder if topology.is_main else None
-    metrics = MetricsRecorder(
-        engine,
-        run.loader,
-        guards,
-        writer,
-        timer,
-        recipe.model,
-        recipe.logging,
-        peak,
-        GoodputMeter(folder, timer, run.loader.prefetch_wait),
-        own_time,
-    )
+    metrics = _metrics(run, guards, writer, timer, own_time)
     validator: Validator | None = None
     if run.held_out is not None:
         validator = Validator(run.held_out, engine, run.loader, recipe.validation, writer, timer)
@@ -267,6 +254,27 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
         stopping=stopping,
         timer=timer,
         callbacks=callbacks,
+    )
+
+
+def _metrics(
+    run: Run, guards: GuardPolicy, writer: RecordWriter, timer: StepTimer, own_time: OwnTime
+) -> MetricsRecorder:
+    resolved = run.resolved
+    recipe = resolved.recipe
+    # One account of the run's time, on the rank that writes.
+    folder = resolved.folder if resolved.topology.is_main else None
+    return MetricsRecorder(
+        engine=run.engine,
+        loader=run.loader,
+        guards=guards,
+        writer=writer,
+        timer=timer,
+        model=recipe.model,
+        config=recipe.logging,
+        peak_flops=peak_flops(resolved.topology.device, resolved.precision),
+        goodput=GoodputMeter(folder, timer, run.loader.prefetch_wait),
+        own_time=own_time,
     )
 
 

@@ -24,7 +24,8 @@ class RunSummary:
         train_seconds: in steps, without validation and saving.
         stall_seconds: in which training waited for batches, in steps that the run has kept.
         goodput: share of the time since the first start that went into kept steps, and where the
-            rest went: :meth:`pretrain.training.goodput.Account.goodput`; None before the first step.
+            rest went (:meth:`pretrain.training.goodput.Account.goodput`); None before the first
+            step.
         validation_loss_in_training: the newest one, nats a token.
         checkpoint: the pointer to the newest one.
         checkpoints: the checkpoints that have a name, by that name.

@@ -101,9 +101,10 @@ class OwnTime:
             return run
 
         group = distributed.ProcessGroup
-        originals = {name: getattr(group, name) for name in COLLECTIVES if hasattr(group, name)}
-        for name, collective in originals.items():
-            setattr(group, name, timed(collective))
+        # As the class holds them: what getattr returns has lost its tie to an object.
+        originals = {name: vars(group)[name] for name in COLLECTIVES if name in vars(group)}
+        for name in originals:
+            setattr(group, name, timed(getattr(group, name)))
         started = time.perf_counter()
         try:
             yield

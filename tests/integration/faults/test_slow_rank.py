@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from pretrain.engine.topology import free_port
+from pretrain.training.slow_ranks import RankTime, slow_ranks
 from tests.support.paths import LAUNCHERS
 from tests.support.tiny_run import Started, Tiny, wait_for_step
 
@@ -28,6 +32,60 @@ def slow_down(process: psutil.Process, until: threading.Event) -> None:
         time.sleep(RUNNING_SECONDS)
 
 
+WORKER = """\
+import json, os, sys, time
+import torch
+from torch import distributed
+from pretrain.engine.topology import Topology
+from pretrain.training.slow_ranks import OwnTime
+
+rank = int(os.environ["RANK"])
+distributed.init_process_group("gloo")
+names = ("allreduce", "alltoall_base", "barrier")
+before = {name: vars(distributed.ProcessGroup)[name] for name in names}
+own_time = OwnTime(Topology(rank, 2, 1, torch.device("cpu")), 10)
+rounds = []
+for slower in (1, 5):
+    for step in range(1, 11):
+        with own_time.step(step):
+            for _ in range(3):
+                time.sleep(0.03 * (slower if rank == 1 else 1))
+                tensor = torch.ones(4)
+                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, async_op=True).wait()
+                distributed.all_to_all_single(torch.empty(4), torch.ones(4))
+            distributed.barrier()
+    rounds.append([vars(time) for time in own_time.gather()])
+assert own_time.gather() is None
+assert all(vars(distributed.ProcessGroup)[name] is method for name, method in before.items())
+tensor = torch.ones(1)
+distributed.all_reduce(tensor)
+assert tensor.item() == 2.0
+if rank == 0:
+    print(json.dumps(rounds))
+distributed.destroy_process_group()
+"""
+
+
+def test_waiting_for_a_slow_rank_is_no_work(tmp_path: Path) -> None:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        Started([sys.executable, "-c", WORKER], tmp_path, shared | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr + ranks[1].stderr
+    rounds = [
+        [RankTime(**time) for time in times]
+        for times in json.loads(ranks[0].stdout.splitlines()[-1])
+    ]
+    equal, slowed = rounds
+    assert slow_ranks(equal) == {}
+    # Rank 0 waits as long as rank 1 works, and that is left out.
+    assert slow_ranks(slowed).keys() == {1}, slowed
+    assert slowed[0].seconds < 2 * equal[0].seconds
+
+
+@pytest.mark.full
 def test_the_slowed_one_of_two_ranks_is_named(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     quiet = ("checkpoint.interval_steps=100", "validation.interval_steps=100")
