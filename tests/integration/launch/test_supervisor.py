@@ -64,6 +64,48 @@ def test_whatever_is_killed_everything_ends_and_nothing_says_done(
     assert saved_step(run) >= (5 if victim == "rank" else 6)
 
 
+RANK = """\
+import os, pathlib, signal, sys, time
+from pretrain.core import supervision
+
+supervision.follow_launcher()
+stopped = []
+signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+pathlib.Path(f"ready-{os.environ['RANK']}").touch()
+while not stopped or sys.argv[1] == "hangs":
+    time.sleep(0.01)
+pathlib.Path(f"saved-{os.environ['RANK']}").touch()
+sys.exit(75)
+"""
+# Like deepspeed, it ignores what happens to its ranks until they end.
+LAUNCHER = """\
+import os, subprocess, sys
+command = [sys.executable, "-P", "pretrain.py", sys.argv[1]]
+variables = [{"RANK": str(rank), "CROSS_RANK": "0"} for rank in range(2)]
+ranks = [subprocess.Popen(command, env=os.environ | own) for own in variables]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@pytest.mark.parametrize("rank", ["saves", "hangs"])
+@pytest.mark.parametrize("victim", ["supervisor", "launcher"])
+def test_ranks_save_when_supervisor_or_launcher_dies_and_hanging_ones_are_killed(
+    victim: str, rank: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pretrain.py").write_text(RANK)
+    (tmp_path / "launch.py").write_text(LAUNCHER)
+    command = [sys.executable, LAUNCHERS / "supervise.py", sys.executable, "launch.py", rank]
+    started = Started(command, tmp_path, {"MOE_GRACE_SECONDS": "2"})
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim_of(started, victim).kill()
+    # Popen and a shell report the end by SIGKILL differently.
+    assert started.wait() in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert started.survivors() == []
+    assert len(list(tmp_path.glob("saved-*"))) == (2 if rank == "saves" else 0)
+
+
 RANK_THAT_DIES_ON_A_HOST = """\
 import os, signal, sys, time
 print("rank", os.environ["PMI_RANK"], "of", os.environ["PMI_SIZE"], flush=True)
