@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,8 @@ class OwnTime:
         def timed(collective: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any, **options: Any) -> Any:
                 nonlocal waited
+                if not _is_of_the_step():
+                    return collective(*arguments, **options)
                 # Work that was queued before belongs to this rank.
                 self._synchronize()
                 started = time.perf_counter()
@@ -131,6 +134,13 @@ class OwnTime:
     def _synchronize(self) -> None:
         if self._topology.device.type != "cpu":
             torch.get_device_module(self._topology.device).synchronize()
+
+
+def _is_of_the_step() -> bool:
+    """Whether this thread takes part in the step; a thread that saves meanwhile does not."""
+    thread = threading.current_thread()
+    # Backward passes on a GPU run in threads of autograd, which Python did not start.
+    return thread is threading.main_thread() or thread.name.startswith("Dummy-")
 
 
 def report(times: Sequence[RankTime]) -> None:
