@@ -8,5 +8,5 @@ source "$(dirname "$0")/environment.sh"
 hosts=(--num_accelerators "$RANKS")
 if [[ -n "${HOSTFILE:-}" ]]; then hosts=(--hostfile "$HOSTFILE"); fi
 
-exec python "$launchers/supervise.py" deepspeed "${hosts[@]}" \
+exec python "$launchers/supervise.py" python "$launchers/deepspeed_launcher.py" "${hosts[@]}" \
     --master_port "${MASTER_PORT:-29500}" "$launchers/pretrain.py" "$@"

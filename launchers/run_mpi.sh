@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Starts a run with mpirun: [RANKS=N] [HOSTFILE=PATH] launchers/run_mpi.sh --recipe NAME ...
-# RANKS counts those of all machines here. mpirun forwards SIGTERM to the ranks and ends with their
-# exit code, so it needs no supervise.py.
+# RANKS counts those of all machines here.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
 hosts=()
 if [[ -n "${HOSTFILE:-}" ]]; then hosts=(--hostfile "$HOSTFILE"); fi
 
-exec mpirun "${hosts[@]}" -n "$RANKS" python "$launchers/pretrain.py" "$@"
+exec python "$launchers/supervise.py" mpirun "${hosts[@]}" -n "$RANKS" python "$launchers/pretrain.py" "$@"

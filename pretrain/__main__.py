@@ -16,10 +16,11 @@ from functools import partial
 if __name__ == "__main__" and not sys.flags.safe_path:
     os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
 
-from pretrain.core import startup
+from pretrain.core import startup, supervision
 
 # Before the slow imports.
 startup.prepare()
+supervision.follow_launcher()
 
 from pretrain.core.errors import run_command
 from pretrain.train import main

@@ -53,7 +53,8 @@ class Callback:
     def on_record(self, record: MetricsRecord) -> None:
         """A record of metrics was made, after the ``on_step`` of its step.
 
-        Its ``kind`` is "train", "validation" or "usage" (of experts, after ``on_usage``).
+        Its ``kind`` is "train", "validation", "usage" (of experts, after ``on_usage``) or "timing"
+        (goodput, and each rank's own time).
         """
 
     def on_usage(self, window: UsageWindow) -> None:

@@ -16,6 +16,9 @@ class Progress:
         skipped_in_a_row: since the last step that was applied, without those after which fp16's
             loss scale fell.
         train_seconds: spent in steps, without validation and saving.
+        stall_seconds: of these, spent waiting for batches.
+        rolled_back_steps, rolled_back_seconds: that guards went back over, without
+            ``stall_seconds``.
         last_validation, validation_step, validation_targets: the newest validation loss (nats a
             token), and the step and the number of targets that it is of.
         best_validation, best_step: of the validations over ``validation.max_windows``.
@@ -32,6 +35,9 @@ class Progress:
     skipped_tokens: int = 0
     skipped_in_a_row: int = 0
     train_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    rolled_back_steps: int = 0
+    rolled_back_seconds: float = 0.0
     last_validation: float | None = None
     validation_step: int | None = None
     validation_targets: int | None = None
@@ -60,10 +66,13 @@ class Progress:
         self.forget_patience()
 
     def leave_parent_run(self) -> None:
-        """Forget what belongs to the parent run: its best checkpoint, its epochs, its end."""
+        """Forget what belongs to the parent run: its best checkpoint, epochs, end and stalls."""
         self.forget_best()
         self.forget_patience()
         self.epoch_steps.clear()
+        self.stall_seconds = 0.0
+        self.rolled_back_steps = 0
+        self.rolled_back_seconds = 0.0
 
     def note_validation(self, loss: float, targets: int) -> None:
         """Note the newest validation loss, of the step that is done."""
@@ -98,6 +107,11 @@ class Progress:
         """After a rollback, keep the counts of what the undone steps have spent."""
         # Otherwise a run could go back for ever, each time from the checkpoint's count.
         self.rollbacks = before.rollbacks + 1
+        self.rolled_back_steps = before.rolled_back_steps + before.step - self.step
+        self.rolled_back_seconds = before.rolled_back_seconds + (
+            before.train_seconds - before.stall_seconds - self.train_seconds + self.stall_seconds
+        )
         self.train_seconds = before.train_seconds
+        self.stall_seconds = before.stall_seconds
         self.skipped_steps = before.skipped_steps
         self.skipped_tokens = before.skipped_tokens

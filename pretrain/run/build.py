@@ -44,9 +44,11 @@ from pretrain.run.capacity import check_machine, demand_of, this_machine
 from pretrain.run.folder import CHECKPOINTS, USAGE
 from pretrain.run.resolve import resolve_config
 from pretrain.training.checkpointing import Checkpoints, RunParts
-from pretrain.training.metrics import MetricsRecorder
+from pretrain.training.goodput import GoodputMeter
+from pretrain.training.metrics import MetricsRecorder, timing_interval
 from pretrain.training.records import RecordWriter
 from pretrain.training.schedules import schedules_of
+from pretrain.training.slow_ranks import OwnTime
 from pretrain.training.stopping import Stopping
 from pretrain.training.timing import StepTimer
 from pretrain.training.trainer import Trainer
@@ -240,12 +242,10 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
         wait.watch(guard.warn_seconds, guard.stop_seconds, incidents.report_stall)
     guards = GuardPolicy(recipe.guards, engine, incidents)
     # Measurements share one clock, which does not run during validation and saving.
-    timer = StepTimer()
+    own_time = OwnTime(topology, timing_interval(recipe.logging))
+    timer = StepTimer(own_time.step)
     writer = RecordWriter(resolved.timeline, run.loader, callbacks)
-    peak = peak_flops(topology.device, resolved.precision)
-    metrics = MetricsRecorder(
-        engine, run.loader, guards, writer, timer, recipe.model, recipe.logging, peak
-    )
+    metrics = _metrics(run, guards, writer, timer, own_time)
     validator: Validator | None = None
     if run.held_out is not None:
         validator = Validator(run.held_out, engine, run.loader, recipe.validation, writer, timer)
@@ -270,6 +270,27 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
         stopping=stopping,
         timer=timer,
         callbacks=callbacks,
+    )
+
+
+def _metrics(
+    run: Run, guards: GuardPolicy, writer: RecordWriter, timer: StepTimer, own_time: OwnTime
+) -> MetricsRecorder:
+    resolved = run.resolved
+    recipe = resolved.recipe
+    # One account of the run's time, on the rank that writes.
+    folder = resolved.folder if resolved.topology.is_main else None
+    return MetricsRecorder(
+        engine=run.engine,
+        loader=run.loader,
+        guards=guards,
+        writer=writer,
+        timer=timer,
+        model=recipe.model,
+        config=recipe.logging,
+        peak_flops=peak_flops(resolved.topology.device, resolved.precision),
+        goodput=GoodputMeter(folder, timer, run.loader.prefetch_wait),
+        own_time=own_time,
     )
 
 

@@ -40,7 +40,13 @@ SUMMARY = "summary.json"
 USAGE = "usage"
 OTHER_FOLDER = "choose another folder with --set run_path=FOLDER"
 # Written by parts that are not callbacks.
-OTHER_FILES = ("incidents.jsonl", "evaluations.jsonl", "evaluation.log", INITIAL_WEIGHTS)
+OTHER_FILES = (
+    "incidents.jsonl",
+    "evaluations.jsonl",
+    "evaluation.log",
+    INITIAL_WEIGHTS,
+    "goodput.json",
+)
 CHATTY_LIBRARIES = ("matplotlib", "PIL", "urllib3", "h5py")
 
 

@@ -22,7 +22,10 @@ class RunSummary:
         recipe: its name.
         train_tokens, steps: that are done.
         train_seconds: in steps, without validation and saving.
-        stall_seconds: in which training waited for batches.
+        stall_seconds: in which training waited for batches, in steps that the run has kept.
+        goodput: share of the time since the first start that went into kept steps, and where the
+            rest went (:meth:`pretrain.training.goodput.Account.goodput`); None before the first
+            step.
         validation_loss_in_training: the newest one, nats a token.
         checkpoint: the pointer to the newest one.
         checkpoints: the checkpoints that have a name, by that name.
@@ -35,6 +38,7 @@ class RunSummary:
     tokens_per_second: float | None
     train_seconds: float
     stall_seconds: float
+    goodput: JsonObject | None
     parameters_total: int
     parameters_active: int
     validation_loss_in_training: float | None
@@ -95,7 +99,8 @@ class Outcome:
             steps=progress.step,
             tokens_per_second=tokens / seconds if seconds else None,
             train_seconds=seconds,
-            stall_seconds=trainer.loader.prefetch_wait.seconds,
+            stall_seconds=progress.stall_seconds,
+            goodput=trainer.metrics.goodput.measure(),
             parameters_total=size.parameters_total,
             parameters_active=size.parameters_active,
             validation_loss_in_training=progress.last_validation,

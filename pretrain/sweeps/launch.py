@@ -100,7 +100,8 @@ def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[s
             if devices
             else ["--num_accelerators", str(ranks)]
         )
-        launcher = ["deepspeed", *placement, "--master_port", str(_free_port())]
+        deepspeed = [sys.executable, str(LAUNCHERS / "deepspeed_launcher.py")]
+        launcher = [*deepspeed, *placement, "--master_port", str(_free_port())]
     return [
         sys.executable,
         str(LAUNCHERS / "supervise.py"),

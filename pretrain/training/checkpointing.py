@@ -136,7 +136,7 @@ class Checkpoints:
             StorageError: if it cannot be written.
         """
         parts = self._parts
-        with parts.timer.paused():
+        with parts.timer.paused("saving"), self._stopping.saving():
             # Both are collective, and end the run on every rank before a file is written.
             self._stopping.finish_data_check()
             if not parts.metrics.engine.weights_are_finite():
@@ -157,6 +157,7 @@ class Checkpoints:
                 rank_state,
                 background=self._config.background and not waits,
             )
+        parts.metrics.goodput.note(progress)
 
     @contextmanager
     def published(self) -> Iterator[None]:

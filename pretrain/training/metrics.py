@@ -5,6 +5,8 @@ Reading a value from a GPU waits for all work that was queued before it.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +20,26 @@ from pretrain.guards.policy import GuardPolicy
 from pretrain.guards.progress import Progress
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import model_size
-from pretrain.training.records import RecordWriter, RouterRecord, TrainRecord, UsageRecord
+from pretrain.training.goodput import GoodputMeter
+from pretrain.training.records import (
+    RecordWriter,
+    RouterRecord,
+    TimingRecord,
+    TrainRecord,
+    UsageRecord,
+)
+from pretrain.training.slow_ranks import OwnTime, report, slow_ranks
 from pretrain.training.timing import StepTimer
+
+logger = logging.getLogger(__name__)
+
+# Training records between two records of times, which gather something from all ranks.
+RECORDS_PER_TIMING = 10
+
+
+def timing_interval(config: LoggingConfig) -> int:
+    """Return the steps between two records of times."""
+    return RECORDS_PER_TIMING * config.interval_steps
 
 
 @dataclass
@@ -29,6 +49,7 @@ class MetricsRecorder:
     Attributes:
         guards: those that only warn look at losses here, when these come to the host.
         peak_flops: FLOP/s of the device; None if it is not known.
+        goodput, own_time: what a record of times holds.
         pending: steps that are in no record yet.
         training_loss: of the last record; None before there is one.
     """
@@ -41,6 +62,8 @@ class MetricsRecorder:
     model: ModelConfig
     config: LoggingConfig
     peak_flops: float | None
+    goodput: GoodputMeter
+    own_time: OwnTime
     training_loss: float | None = None
 
     def __post_init__(self) -> None:
@@ -49,9 +72,10 @@ class MetricsRecorder:
         # The step after which the window of expert usage began.
         self._usage_started = 0
 
-    def start(self, step: int) -> None:
-        """Begin after ``step`` steps."""
-        self._usage_started = step
+    def start(self, progress: Progress) -> None:
+        """Begin after the steps that are done."""
+        self._usage_started = progress.step
+        self.goodput.begin(progress)
 
     def restart(self, step: int) -> None:
         """Begin again after a rollback to step ``step``, without what was counted since."""
@@ -75,8 +99,11 @@ class MetricsRecorder:
         Args:
             is_due: whether a training record is due, also between multiples of the interval.
         """
+        self.goodput.note(progress)
         if is_due or progress.step % self.config.interval_steps == 0:
             self.record_training(progress)
+        if is_due or progress.step % timing_interval(self.config) == 0:
+            self._record_timing(progress.step)
         if progress.step % self.config.usage_interval_steps == 0:
             self._record_usage(progress.step)
 
@@ -115,10 +142,25 @@ class MetricsRecorder:
             skipped_steps=progress.skipped_steps,
             loss_scale=self.engine.loss_scale.value(),
             seconds=progress.train_seconds,
-            stall_seconds=self.loader.prefetch_wait.seconds,
+            stall_seconds=progress.stall_seconds,
             mfu=mfu,
             router=RouterRecord.of(router, self.model),
         )
+        self.writer.write(record)
+
+    def _record_timing(self, step: int) -> None:
+        # Collective: before rank 0 alone continues.
+        times = self.own_time.gather()
+        goodput = self.goodput.measure()
+        if goodput is None:
+            return
+        logger.info("step %d: goodput %s", step, json.dumps(goodput))
+        if times is None:
+            self.writer.write(TimingRecord(self.writer.position(step), goodput, [], {}))
+            return
+        report(times)
+        seconds = [rank.seconds for rank in times]
+        record = TimingRecord(self.writer.position(step), goodput, seconds, slow_ranks(times))
         self.writer.write(record)
 
     def _record_usage(self, step: int) -> None:
@@ -128,7 +170,7 @@ class MetricsRecorder:
         checkpoint, and its record and file say how many steps it has; the others are the same as
         without the interruption.
         """
-        with self.timer.paused():
+        with self.timer.paused("files"):
             # Collective: before rank 0 alone continues.
             counts_LE = self.engine.usage.take()
             steps = step - self._usage_started

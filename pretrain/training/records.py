@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, Protocol
 
 from data_pipeline.loading.interface import Loader
@@ -227,6 +228,35 @@ class ValidationRecord:
         return self.position.to_dict("validation") | {
             "validation_loss": self.validation_loss,
             "targets": self.targets,
+        }
+
+
+@dataclass(frozen=True)
+class TimingRecord:
+    """Where the run's time went, and how long each rank works on a step.
+
+    Attributes:
+        goodput: of :meth:`pretrain.training.goodput.Account.goodput`.
+        rank_seconds: each rank's own work in a step, without waiting for others; empty if it was
+            not measured.
+        slow_ranks: those that take much longer than the median, with their multiple of it.
+    """
+
+    position: Position
+    goodput: JsonObject
+    rank_seconds: list[float]
+    slow_ranks: dict[int, float]
+
+    def to_dict(self) -> JsonObject:
+        """Return it as ``metrics.jsonl`` has it."""
+        record = self.position.to_dict("timing") | self.goodput
+        if not self.rank_seconds:
+            return record
+        return record | {
+            "rank_seconds": self.rank_seconds,
+            "slowest_over_median": max(self.rank_seconds) / median_low(self.rank_seconds),
+            # Keys of JSON are strings.
+            "slow_ranks": {str(rank): factor for rank, factor in self.slow_ranks.items()},
         }
 
 

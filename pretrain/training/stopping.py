@@ -5,6 +5,8 @@ All ranks stop at the same step.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from data_pipeline.shards.verification import BackgroundCheck
 from pretrain.checkpoint.saving import SaveThread
 from pretrain.core.errors import DataError
@@ -49,7 +51,12 @@ class Stopping:
         # All ranks' saving threads end alike, but some notice a step earlier than others.
         if self._topology.any_rank(self._saving.fault is not None):
             self._saving.finish()
+        self._request.note_agreed()
         return True
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Return a block in which a checkpoint is written: the next Ctrl-C lets it finish."""
+        return self._request.saving()
 
     def raise_data_faults(self) -> None:
         """End the run on all ranks if any of them has found damaged data so far.

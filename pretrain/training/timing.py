@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pretrain.guards.progress import Progress
 
+# Given the number of a step, from 1: a block around the step.
+AroundStep = Callable[[int], AbstractContextManager[None]]
+
 
 class StepTimer:
-    """Measures the window of steps since the last training record, without pauses."""
+    """Measures the window of steps since the last training record, without pauses.
 
-    def __init__(self) -> None:
+    Args:
+        around: another measurement of steps.
+
+    Attributes:
+        pause_seconds: of this process, by what paused it.
+    """
+
+    def __init__(self, around: AroundStep = lambda number: nullcontext()) -> None:
+        self.pause_seconds: defaultdict[str, float] = defaultdict(float)
+        self._around = around
         self._window_started = 0.0
         self._paused_at: float | None = None
         # What the window's first steps took in an earlier process.
@@ -43,15 +56,18 @@ class StepTimer:
     def step(self, progress: Progress) -> Iterator[None]:
         """Count what runs inside as seconds of training."""
         started = time.perf_counter()
-        yield
+        with self._around(progress.step + 1):
+            yield
         progress.train_seconds += time.perf_counter() - started
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, reason: str) -> Iterator[None]:
         """Leave what runs inside out of the window: validation, saving, files of expert usage."""
         # A checkpoint that is saved inside carries the window up to the pause.
         started = time.perf_counter()
         self._paused_at = started
         yield
         self._paused_at = None
-        self._window_started += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._window_started += seconds
+        self.pause_seconds[reason] += seconds

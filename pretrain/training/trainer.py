@@ -60,7 +60,7 @@ class Trainer:
     def fit(self) -> bool:
         """Train, and return whether the last step was taken; a request to stop saves first."""
         self.callbacks.on_start(self.progress.step, self.num_steps)
-        self.metrics.start(self.progress.step)
+        self.metrics.start(self.progress)
         self.timer.start()
         # Damage in what the loader has read before the first step.
         self.stopping.raise_data_faults()

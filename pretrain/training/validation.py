@@ -62,7 +62,7 @@ class Validator:
             self._measure(progress, final)
 
     def _measure(self, progress: Progress, max_windows: int | None) -> float:
-        with self._timer.paused():
+        with self._timer.paused("validation"):
             loader = self._loader
             # The micro batch of the phase: a longer sequence may need a smaller one.
             size = self._engine.phase_recipe.train.micro_batch_size

@@ -120,7 +120,11 @@ def curve(run: Path) -> list[dict[str, Any]]:
     """Every row of a run's metrics.jsonl without what the clock measured."""
     clock = ("tokens_per_second", "seconds", "stall_seconds", "mfu")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in clock}
+        for row in rows
+        if row["kind"] != "timing"
+    ]
 
 
 class Started:

@@ -101,13 +101,28 @@ def test_slurm_gives_the_loss_curve_of_one_process(
     assert started.survivors() == []
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, "requeue 4242\n"), (3, None)])
-def test_slurm_puts_only_a_preempted_run_back_into_the_queue(
-    slurm_tools: Path, tmp_path: Path, code: int, requeued: str | None
+@pytest.mark.parametrize(
+    ("code", "variables", "requeued"),
+    [
+        (75, {}, True),
+        (7, {}, False),
+        (7, {"MAX_RESTARTS": "2", "SLURM_RESTART_COUNT": "1"}, True),
+        (7, {"MAX_RESTARTS": "2", "SLURM_RESTART_COUNT": "2"}, False),
+        (137, {"MAX_RESTARTS": "1"}, True),
+        (75, {"MAX_RESTARTS": "2", "SLURM_RESTART_COUNT": "9"}, True),
+        (3, {"MAX_RESTARTS": "2"}, False),
+        (0, {"MAX_RESTARTS": "2"}, False),
+    ],
+)
+def test_slurm_puts_preempted_runs_and_as_many_faults_as_allowed_back_into_the_queue(
+    slurm_tools: Path, tmp_path: Path, code: int, variables: dict[str, str], requeued: bool
 ) -> None:
-    assert submit(slurm_tools, tmp_path, [], SRUN_ENDS_WITH=str(code)).wait() == code
+    started = submit(slurm_tools, tmp_path, [], SRUN_ENDS_WITH=str(code), **variables)
+    assert started.wait() == code
     written = tmp_path / "scontrol.txt"
-    assert (written.read_text() if written.exists() else None) == requeued
+    assert (written.read_text() if written.exists() else None) == (
+        "requeue 4242\n" if requeued else None
+    )
 
 
 def test_a_changed_seed_is_noticed_by_the_curve_comparison(

@@ -295,11 +295,12 @@ def test_launches_share_cores_and_devices_and_know_nothing_of_a_launcher_above(
         environment["CUDA_VISIBLE_DEVICES"],
     ) == ("4", "5")
     study = new_study([0.01])
-    assert "deepspeed" not in launch_command(study, study.points[0], ["5"])
+    launcher = str(LAUNCHERS / "deepspeed_launcher.py")
+    assert launcher not in launch_command(study, study.points[0], ["5"])
     two = Study(study.output, Design(**(vars(study.design) | {"ranks": 2})), study.points)
     words = launch_command(two, two.points[0], ["4", "5"])
-    assert words[words.index("deepspeed") + 1 :][:2] == ["--include", "localhost:4,5"]
-    assert launch_command(two, two.points[0], [])[words.index("deepspeed") + 1 :][:2] == [
+    assert words[words.index(launcher) + 1 :][:2] == ["--include", "localhost:4,5"]
+    assert launch_command(two, two.points[0], [])[words.index(launcher) + 1 :][:2] == [
         "--num_accelerators",
         "2",
     ]

@@ -30,7 +30,7 @@ def test_a_window_leaves_out_pauses_and_its_length_stands_still_in_them(clock: C
     timer = StepTimer()
     timer.start()
     clock.now += 3.0
-    with timer.paused():
+    with timer.paused("saving"):
         clock.now += 50.0
         assert timer.window_seconds() == 3.0
     clock.now += 2.0
@@ -54,7 +54,7 @@ def test_only_steps_are_seconds_of_training(clock: Clock) -> None:
     timer.start()
     with timer.step(progress):
         clock.now += 2.0
-    with timer.paused():
+    with timer.paused("saving"):
         clock.now += 9.0
     with timer.step(progress):
         clock.now += 1.5
