@@ -15,6 +15,7 @@ from pretrain.checkpoint.optimizer_state import (
 )
 from pretrain.checkpoint.places import buffers, own_pieces, pieces, table_pieces
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
+from pretrain.core import faults
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import use_masters
 
@@ -38,6 +39,7 @@ def load_engine(engine: Engine, weights: TensorReader, optimizer: TensorReader) 
     Args:
         weights, optimizer: of a checkpoint of any topology.
     """
+    faults.reached("load.weights")
     for piece in pieces(engine):
         values = weights.read_range(piece.name, piece.range.start, piece.stop)
         piece.fragment.master.copy_(values)
@@ -48,6 +50,7 @@ def load_engine(engine: Engine, weights: TensorReader, optimizer: TensorReader) 
     for name, buffer in buffers(engine).items():
         buffer.copy_(weights.read(name))
     use_masters(engine.optimizer, engine.zero_stage, engine.precision)
+    faults.reached("load.optimizer")
     load_optimizer(engine, optimizer)
 
 
@@ -104,6 +107,7 @@ def write_tensors(
     with TensorFileWriter(path, forms, ranges, metadata) as file:
         for name in file.order:
             file.write(name, shaped[name])
+        faults.reached("save.sync")
         file.sync()
     sha256 = file.sha256()
     if sha256 is None:

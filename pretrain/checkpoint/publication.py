@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.saving import SavingRanks
+from pretrain.core import faults
 from pretrain.core.errors import StorageError
 from pretrain.core.files import fsync_path, make_durable_folder
 from pretrain.engine.topology import Topology
@@ -88,6 +89,7 @@ class CheckpointFolder:
         Args:
             files: all of them, written and synced.
         """
+        faults.reached("save.manifest")
         manifest = layout.write_manifest(temporary, files)
         # The content and the names inside the folder must be on disk before the rename is: a file
         # system may write the rename first.
@@ -97,7 +99,9 @@ class CheckpointFolder:
         # damaged checkpoint of the same step.
         if target.exists():
             self._set_aside(target)
+        faults.reached("save.rename")
         os.replace(temporary, target)
+        faults.reached("save.pointer")
         layout.write_pointer(self.path, target.name)
 
     def point(self, steps: Mapping[str, int]) -> None:

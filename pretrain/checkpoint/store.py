@@ -38,6 +38,7 @@ from pretrain.checkpoint.tokenizer_files import SideFiles, write_side_files
 from pretrain.checkpoint.validate import open_whole_weights
 from pretrain.checkpoint.weights import OPTIMIZER, RANK, WEIGHTS, file_of, files_of
 from pretrain.config.load import recipe_to_yaml
+from pretrain.core import faults
 from pretrain.core.errors import CheckpointError, StorageError
 from pretrain.core.files import JsonObject, fsync_path
 from pretrain.engine.engine import Engine
@@ -132,8 +133,10 @@ class CheckpointStore:
                 the time before; older checkpoints are untouched.
         """
         self.thread.finish()
+        faults.reached("save.begin")
         engine = self.engine
         weights, optimizer = list(weight_tensors(engine)), list(optimizer_tensors(engine))
+        faults.reached("save.snapshot")
         if background:
             weights, optimizer = (
                 snapshot.take(tensors)
@@ -254,12 +257,15 @@ class CheckpointStore:
         rank, ranks = self._ranks.rank, self._ranks.world_size
         files = {}
         for kind, tensors in ((WEIGHTS, content.weights), (OPTIMIZER, content.optimizer)):
+            faults.reached(f"save.write_{kind}")
             name = file_of(kind, rank, ranks)
             files[name] = write_tensors(folder / name, tensors)
+        faults.reached("save.write_rank")
         name = file_of(RANK, rank, ranks)
         files[name] = write_rank_file(folder / name, content.rank_state)
         if not self._ranks.is_main:
             return files
+        faults.reached("save.write_shared")
         recipe = self.engine.recipe
         texts = {
             layout.RECIPE: recipe_to_yaml(recipe),
@@ -272,7 +278,8 @@ class CheckpointStore:
         shutil.copyfile(self.tokenizer, folder / layout.TOKENIZER)
         write_side_files(self.side_files, folder)
         tensor_files = {path for path in folder.iterdir() if path.suffix == TENSORS}
-        for path in set(layout.payload_files(folder)) - tensor_files:
+        for path in sorted(set(layout.payload_files(folder)) - tensor_files):
+            faults.reached("save.sync")
             fsync_path(path)
             files[path.relative_to(folder).as_posix()] = layout.file_entry(path)
         return files
@@ -293,10 +300,12 @@ class CheckpointStore:
                 protected = {*content.pointers.values()}
                 if config.keep_every_hours is not None:
                     protected |= self._checkpoints.first_of_each(config.keep_every_hours)
+                faults.reached("save.remove_old")
                 self._checkpoints.remove_old(content.step, config.keep_last, protected)
             except Exception as caught:
                 error = caught
         reason = self._ranks.all_gather(None if error is None else _reason(error))[0]
+        faults.reached("save.end")
         return reason, error
 
     def load(self, folder: Path) -> LoadedState:
@@ -307,6 +316,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: if files are missing or damaged.
         """
+        faults.reached("load.begin")
         engine = self.engine
         state = layout.read_state(folder)
         if "engine" not in state:
@@ -325,6 +335,7 @@ class CheckpointStore:
             restore_random_state(own["random"])
         else:
             derive_random_state(engine.recipe.seed, state["step"], rank)
+        faults.reached("load.end")
         if len(files) == engine.topology.world_size:
             return LoadedState(state, [own["own"]], len(files))
         return LoadedState(state, [read_rank_file(path)["own"] for path in files], len(files))

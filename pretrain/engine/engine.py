@@ -10,6 +10,7 @@ import torch
 from data_pipeline.loading.batch import Batch
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Phase
+from pretrain.core import faults
 from pretrain.core.files import JsonObject
 from pretrain.engine.balance import BalanceBiases
 from pretrain.engine.build import (
@@ -217,13 +218,15 @@ class Engine:
         self._begin_veto(should_skip, totals)
         for number, batch in enumerate(batches):
             output = self._forward(batch, normalizer, fractions_LE)
-            self.deepspeed.backward(self.loss_scale.for_backward(output.loss))
+            loss = faults.poison("step.backward", output.loss)
+            self.deepspeed.backward(self.loss_scale.for_backward(loss))
             if after_backward is not None:
                 after_backward(number)
             totals.add_losses(output, normalizer)
             # DeepSpeed counts micro batches: it reduces gradients in the backward pass of the last
             # one and updates in its step(), which only advances the count before.
             if number == len(batches) - 1:
+                faults.reached("step.update")
                 for hook in self._hooks:
                     hook.before_update()
             self.deepspeed.step()

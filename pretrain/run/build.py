@@ -138,9 +138,9 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
     )
     machine = this_machine()
     demand = demand_of(config, machine.gpu_bytes is not None)
-    warning = check_machine(demand, machine, config.world_size)
-    if warning is not None and starts_as_first_rank(os.environ):
-        print(f"warning: {warning}", file=sys.stderr)
+    too_large = check_machine(demand, machine, config.world_size)
+    if too_large is not None and starts_as_first_rank(os.environ):
+        print(f"warning: {too_large}", file=sys.stderr)
     share_cores()
     if recipe.train.deterministic:
         # Before the first CUDA kernel: cuBLAS reads its workspace size once.

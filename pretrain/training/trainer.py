@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline.loading.interface import Loader
 from pretrain.callbacks.base import CallbackList
 from pretrain.config.timeline import Phase, Timeline
+from pretrain.core import faults
 from pretrain.engine.engine import Engine
 from pretrain.guards.detect import Violation
 from pretrain.guards.policy import GuardPolicy
@@ -85,6 +86,7 @@ class Trainer:
 
     def _step(self) -> bool:
         """Take one optimizer step; False if the run went back to a checkpoint instead."""
+        faults.reached("step.begin")
         step = self.progress.step
         with self.timer.step(self.progress):
             self._enter_phase(step)
