@@ -64,8 +64,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_keeps_its_metrics(
 
 def test_fresh_forgets_that_there_were_checkpoints(run: Path, tiny: Tiny, train: Command) -> None:
     all_gone(run)
-    assert train([*tiny.arguments(run, steps=1), "--fresh", "--overwrite"])[0] == 0
-    assert (run / "checkpoints" / "latest").read_text() == "step_1\n" and (run / SAVED).is_file()
+    assert train([*tiny.arguments(run, steps=3), "--fresh", "--overwrite"])[0] == 0
+    assert (run / "checkpoints" / "latest").read_text() == "step_3\n" and (run / SAVED).is_file()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
