@@ -27,6 +27,9 @@ class SavedProgress(_Saved):
     skipped_tokens: Count = 0
     skipped_in_a_row: Count = 0
     train_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    rolled_back_steps: Count = 0
+    rolled_back_seconds: float = 0.0
     last_validation: float | None = None
     validation_step: Count | None = None
     validation_targets: Count | None = None
