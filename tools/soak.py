@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         "--topologies",
         nargs="+",
         metavar="ranks=N[,ep_size=N][,zero=N]",
-        help="instead of --ranks: each restart takes the next one in turn",
+        help="instead of --ranks: restarts take the next one each, cyclically",
     )
     parser.add_argument(
         "--steps",

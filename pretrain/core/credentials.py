@@ -17,8 +17,8 @@ NAME = re.compile(
     re.I,
 )
 # Keys as their issuers document them: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS,
-# Slack, Google, PyPI; JSON web tokens. Inside a URL: a password (unlike a port, it may contain a slash), a token in its place, and
-# the signature of a query.
+# Slack, Google, PyPI; JSON web tokens. Inside a URL: a password (unlike a port, it may contain a
+# slash), a token in its place, and the signature of a query.
 VALUE = re.compile(
     r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}"
     r"|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Attempt:
 
     def __init__(self, command: Sequence[str], ranks: int, output: Path) -> None:
         self.mark = uuid.uuid4().hex
+        self._command = list(command)
         inherited = {
             name: value for name, value in os.environ.items() if name not in RANK_VARIABLES
         }
@@ -149,14 +151,22 @@ class Attempt:
 
     def orphans(self, seconds: float) -> list[str]:
         """Wait until all processes have ended; kill and return the command lines of the rest."""
-        left = psutil.wait_procs(self.alive(), timeout=seconds)[1]
+        end = time.monotonic() + seconds
+        # The command itself is waited for below: psutil would take its exit code away.
+        others = [process for process in self.alive() if process.pid != self.process.pid]
+        left = psutil.wait_procs(others, timeout=seconds)[1]
         lines = []
         for process in left:
             with contextlib.suppress(psutil.Error):
                 lines.append(" ".join(process.cmdline())[:200])
                 process.kill()
+        try:
+            self.process.wait(max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            lines.append(" ".join(self._command)[:200])
+            self.process.kill()
+            self.process.wait()
         psutil.wait_procs(left, timeout=10)
-        self.process.wait()
         return lines
 
 

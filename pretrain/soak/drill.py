@@ -27,7 +27,7 @@ class Settings:
 
     Attributes:
         save_share: of the kills, at least this share happens during a save.
-        layouts: the first one is the reference's; each restart takes the next one in turn.
+        layouts: the first one is the reference's; restarts take the next one each, cyclically.
         settings: ``A.B=C`` for both runs.
         hang_seconds: an attempt without a new step for so long hangs.
         orphan_seconds: the processes of a killed attempt must end within.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -124,9 +125,13 @@ def test_published_files_follow_the_umask(mask: str, mode: int, tmp_path: Path) 
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path) -> None:
     write_synced(tmp_path / "file", b"old")
-    (tmp_path / "file.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_synced(tmp_path / "file", b"new")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_synced(tmp_path / "file", b"new" * 1_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
