@@ -45,6 +45,11 @@ BROKEN = {
         ["num_attention_heads (4)", "num_key_value_heads (3)"],
         ["model.attention.num_attention_heads=6"],
     ),
+    "sizes_can_be_counted": (
+        ["model.attention.head_dim=1000000", "model.attention.num_attention_heads=20"],
+        ["20000000 score elements", "lower num_attention_heads"],
+        ["model.attention.head_dim=10"],
+    ),
     "rotary_dim_is_even": (
         ["model.attention.head_dim=7"],
         ["head_dim (7) must be even"],
