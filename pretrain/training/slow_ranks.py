@@ -29,23 +29,30 @@ MEASURED_STEPS = 5
 # A rank is slow above this many times the median of all ranks.
 SLOW_FACTOR = 1.5
 # All collectives of a process group: torch and DeepSpeed both end here. Each waits for other ranks.
+# Versions of torch have different names for some of them.
 COLLECTIVES = (
-    "allreduce",
-    "allreduce_coalesced",
-    "allgather",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "all_to_all_single",
     "_allgather_base",
+    "allgather",
     "allgather_coalesced",
     "allgather_into_tensor_coalesced",
-    "reduce_scatter",
-    "_reduce_scatter_base",
-    "reduce_scatter_tensor_coalesced",
+    "allreduce",
+    "allreduce_coalesced",
     "alltoall",
     "alltoall_base",
-    "broadcast",
-    "reduce",
-    "gather",
-    "scatter",
     "barrier",
+    "broadcast",
+    "gather",
+    "monitored_barrier",
+    "reduce",
+    "_reduce_scatter_base",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "scatter",
 )
 
 

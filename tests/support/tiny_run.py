@@ -242,7 +242,7 @@ def start_ranks(
 
 def wait_for_step(run: Path, step: int, started: Started) -> None:
     """Returns as soon as the run's metrics.jsonl has a row of that step."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 280
     while time.monotonic() < deadline and started.process.poll() is None:
         rows = (
             (run / "metrics.jsonl").read_text().splitlines()

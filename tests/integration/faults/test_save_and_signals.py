@@ -72,8 +72,8 @@ def test_a_closed_terminal_lets_the_run_save(tiny: Tiny, tmp_path: Path) -> None
     os.close(slave)
     shown = b""
     deadline = time.monotonic() + 180
-    # Read as a terminal does: its buffer would fill up otherwise. Two updates of the bar are shown.
-    while shown.count(b"step/s") < 3 and time.monotonic() < deadline:
+    # Read as a terminal does: its buffer would fill up otherwise. The bar shows losses of steps.
+    while shown.count(b"loss=") < 3 and time.monotonic() < deadline:
         shown += os.read(master, 65536)
     # The kernel now sends SIGHUP, and every later write to the terminal fails.
     os.close(master)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 import threading
@@ -12,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from torch import distributed
 
 from pretrain.engine.topology import free_port
-from pretrain.training.slow_ranks import RankTime, slow_ranks
+from pretrain.training.slow_ranks import COLLECTIVES, RankTime, slow_ranks
 from tests.support.paths import LAUNCHERS
 from tests.support.tiny_run import Started, Tiny, wait_for_step
 
@@ -44,16 +46,28 @@ distributed.init_process_group("gloo")
 names = ("allreduce", "alltoall_base", "barrier")
 before = {name: vars(distributed.ProcessGroup)[name] for name in names}
 own_time = OwnTime(Topology(rank, 2, 1, torch.device("cpu")), 10)
+two, four = torch.ones(2), torch.ones(4)
+kinds = (
+    lambda: distributed.all_reduce(four),
+    lambda: distributed.all_reduce(four, async_op=True).wait(),
+    lambda: distributed.all_to_all_single(torch.empty(4), four),
+    lambda: distributed.all_gather_into_tensor(torch.empty(4), two),
+    lambda: distributed.reduce_scatter_tensor(torch.empty(2), four),
+    lambda: distributed.all_gather([torch.empty(2), torch.empty(2)], two),
+    lambda: distributed.broadcast(four, 0),
+)
 rounds = []
+waited = []
 for slower in (1, 5):
     for step in range(1, 11):
         with own_time.step(step):
             for _ in range(3):
                 time.sleep(0.03 * (slower if rank == 1 else 1))
-                tensor = torch.ones(4)
-                distributed.all_reduce(tensor)
-                distributed.all_reduce(tensor, async_op=True).wait()
-                distributed.all_to_all_single(torch.empty(4), torch.ones(4))
+                # Each kind comes first in some round: it is the one that waits.
+                kinds[len(waited) % len(kinds)]()
+                waited.append(step)
+                for kind in kinds:
+                    kind()
             distributed.barrier()
     rounds.append([vars(time) for time in own_time.gather()])
 assert own_time.gather() is None
@@ -65,6 +79,12 @@ if rank == 0:
     print(json.dumps(rounds))
 distributed.destroy_process_group()
 """
+
+
+def test_every_collective_of_this_torch_is_timed() -> None:
+    kinds = re.compile(r"^_?(all|barrier|broadcast|gather|monitored|reduce|scatter)")
+    found = {name for name in vars(distributed.ProcessGroup) if kinds.match(name)}
+    assert len(found) > 10 and found <= set(COLLECTIVES)
 
 
 def test_waiting_for_a_slow_rank_is_no_work(tmp_path: Path) -> None:
