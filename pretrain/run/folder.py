@@ -18,6 +18,7 @@ from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject, only_writer
+from pretrain.engine.stacks import write_stacks_to
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     The terminal stays free for the progress bar and the results.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    write_stacks_to(folder / LOG)
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
