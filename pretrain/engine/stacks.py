@@ -97,5 +97,6 @@ def ends_process(sentence: str) -> None:
     """Report a lost peer, and end this process with exit code 7, whatever it is doing."""
     write_stacks(sentence)
     # Unbuffered: the lock of sys.stderr may be held by the thread that is stuck.
-    os.write(2, f"error: {sentence}\n".encode())
+    # A progress bar may be on the line.
+    os.write(2, f"\nerror: {sentence}\n".encode())
     os._exit(PEER_LOST)
