@@ -80,7 +80,7 @@ NETWORK_ERRORS = ("DistNetworkError", "DistStoreError", "DistBackendError")
 # Texts of the operating system, which gloo passes on, and of libraries.
 NETWORK_SIGNS = (
     "gloo/transport/",
-    "gloo::",
+    "connectFullMesh",
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
