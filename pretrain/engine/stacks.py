@@ -33,6 +33,11 @@ def write_stacks_to(path: Path) -> None:
     _log[:] = [path]
 
 
+def has_log() -> bool:
+    """Whether the run has a log by now."""
+    return bool(_log)
+
+
 def _main_frame() -> FrameType | None:
     return sys._current_frames().get(threading.main_thread().ident or 0)
 

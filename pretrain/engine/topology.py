@@ -30,7 +30,7 @@ from pretrain.engine.rendezvous import (
     store_opener,
     wait_for_host,
 )
-from pretrain.engine.stacks import write_stacks
+from pretrain.engine.stacks import has_log, write_stacks
 from pretrain.engine.watchdog import RUN_AGAIN, Watchdog
 from pretrain.engine.workarounds.group_timeouts import wait_long_in_all_groups
 from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
@@ -245,12 +245,7 @@ def _join() -> None:
         except RuntimeError as error:
             if not is_peer_loss(error):
                 raise
-            logger.exception("the ranks cannot be connected")
-            raise PeerLostError(
-                f"rank {os.environ['RANK']} cannot connect to the others "
-                f"({str(error).splitlines()[0]}): check that all ranks started, MASTER_ADDR and "
-                "the network, then run the same command"
-            ) from None
+            end_without_peer(error)
 
 
 def rely_on_watchdog() -> None:
@@ -265,7 +260,9 @@ def end_without_peer(error: RuntimeError) -> NoReturn:
     Raises:
         PeerLostError: if there is no watchdog, which would end the process.
     """
-    logger.error("another rank is gone", exc_info=error)
+    # Before there is a log, its records go to the terminal, where one sentence is enough.
+    if has_log():
+        logger.error("another rank is gone", exc_info=error)
     for watchdog in _watchdogs:
         watchdog.end_after_loss()
     write_stacks("another rank is gone")

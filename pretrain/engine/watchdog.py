@@ -288,6 +288,9 @@ class Watchdog:
             if sentence is not None:
                 self._decide(sentence)
             time.sleep(self.interval / 4)
+        absent = [rank for rank, entry in enumerate(self._judge.seen) if entry is None]
+        if self._rank == 0 and absent:
+            self._decide(f"{named(absent, self._judge.seen)} did not start or cannot connect")
         self._decide("another rank has ended or cannot be reached")
         self._finish(self._verdict or "")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from pretrain.core.errors import PEER_LOST
 from pretrain.engine.topology import free_port
@@ -54,7 +57,7 @@ def sentence(started: Started) -> str:
     return line
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_a_stopped_rank_is_named_and_ends_too_once_it_continues(
     tiny: Tiny, tmp_path: Path, stopped: int
 ) -> None:
@@ -78,7 +81,10 @@ def test_a_stopped_rank_is_named_and_ends_too_once_it_continues(
 
 @pytest.mark.parametrize(
     ("rank", "place", "where"),
-    [(0, "callback", "the records and callbacks of step 3"), (1, "forward", "step 4")],
+    [
+        (0, "callback", "the records and callbacks of step 3"),
+        pytest.param(1, "forward", "step 4", marks=pytest.mark.full),
+    ],
 )
 def test_a_rank_that_is_alive_but_stuck_is_named_with_its_place(
     tiny: Tiny, tmp_path: Path, rank: int, place: str, where: str
@@ -107,3 +113,43 @@ def test_pauses_longer_than_the_timeout_are_no_hang(tiny: Tiny, tmp_path: Path) 
     for started in start_ranks(tiny, run, 3, pauses):
         assert started.wait() == 0, started.stderr
     assert curve(run)[-1]["step"] == 3
+
+
+CONNECTING = """\
+from pretrain.core.errors import run_command
+from pretrain.engine.topology import connect
+run_command(lambda: connect(1, connect_seconds=3) and 0)
+"""
+
+
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_a_rank_that_is_lost_while_another_has_not_appeared_yet_is_noticed(
+    tmp_path: Path, lost: int
+) -> None:
+    port = free_port()
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        Started([sys.executable, "-c", CONNECTING], tmp_path, shared | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    wait_for_beats(port, 2)
+    # Longer than the limit: rank 2 may start much later.
+    time.sleep(5)
+    assert [started.process.poll() for started in ranks] == [None, None]
+    ranks[lost].process.kill()
+    took = seconds_until_end(ranks[1 - lost].process, 60)
+    assert took <= 3 + MARGIN
+    assert f"rank {lost}" in sentence(ranks[1 - lost])
+
+
+def wait_for_beats(port: int, ranks: int) -> None:
+    store = None
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            store = store or TCPStore("127.0.0.1", port, wait_for_workers=False)
+            if store.check([f"watchdog/0/beat/{rank}" for rank in range(ranks)]):
+                return
+        time.sleep(0.2)
+    pytest.fail("the ranks do not connect")
