@@ -123,8 +123,8 @@ def choose_interface(environment: Mapping[str, str], has_gpus: bool) -> dict[str
 def wait_for_host(host: str, port: int, limit: float) -> None:
     """Wait until rank 0 listens.
 
-    A host that answers but does not listen yet has not started its rank, which may take as long as
-    the rendezvous lasts. One that does not answer at all is lost after ``limit`` seconds.
+    A host that replies but does not listen yet has not started its rank, which may take as long as
+    the rendezvous lasts. One that does not reply at all is lost after ``limit`` seconds.
 
     Raises:
         PeerLostError: if it is.

@@ -15,7 +15,7 @@ from pretrain.core.errors import PEER_LOST
 # Files whose functions wait for other ranks.
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 # Of torch's compiler, of Triton's and of C++: (end of the file's name, part of the function's).
-# Wrappers of the first also run compiled code, so the file alone does not tell.
+# Wrappers of the first also run compiled code, so the file alone does not suffice.
 COMPILERS = (
     ("torch/_dynamo/convert_frame.py", "compile"),
     ("torch/_inductor/compile_fx.py", "compile_fx"),

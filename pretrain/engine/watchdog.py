@@ -9,7 +9,7 @@ Every rank writes its own heartbeat. Rank 0 reads all of them, and writes a verd
 read: the traffic grows with the number of ranks, not with its square. What ends a job:
 
 * a rank whose heartbeats have ceased for ``timeout_seconds``: stopped, killed, or cut off;
-* for the others: no answer from rank 0's store for as long;
+* for the others: no reply from rank 0's store for as long;
 * no progress on any rank for as long, while no rank is in a pause
   (:class:`pretrain.core.activity.Activity`): one of them is stuck;
 * a rank that ended with an error of its own.
@@ -343,7 +343,7 @@ class Watchdog:
                 self._answers += 1
                 if beat.left:
                     self._published.set()
-            # Whatever the store raises, it means that there was no answer.
+            # Whatever the store raises, it means that there was no reply.
             except Exception:
                 store = None
             self._wake.wait(self.interval)
@@ -353,7 +353,7 @@ class Watchdog:
         if self._rank != 0:
             if store.check([VERDICT]):
                 self._decide(store.multi_get([VERDICT])[0].decode())
-            # Its process may be stopped while the store, in a launcher's process, still answers.
+            # Its process may be stopped while the store, in a launcher's process, still replies.
             elif store.check(["beat/0"]):
                 self._judge.hear([_read_beat(store.multi_get(["beat/0"])[0])], elapsed)
             return
@@ -370,7 +370,7 @@ class Watchdog:
         self._judge.hear(beats, min(elapsed, 4 * self.interval))
 
     def _watch(self) -> None:
-        """End the process once there is a verdict, or no answer for too long."""
+        """End the process once there is a verdict, or no reply for too long."""
         answers = 0
         last = time.monotonic()
         while not self._stopped.wait(self.interval / 2):

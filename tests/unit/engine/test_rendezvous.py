@@ -43,7 +43,7 @@ def test_an_interface_that_cannot_be_found_names_the_variable(
         rendezvous.choose_interface(TWO_HOSTS, has_gpus=False)
 
 
-def test_a_host_that_does_not_answer_is_lost_soon() -> None:
+def test_a_host_that_does_not_reply_is_lost_soon() -> None:
     began = time.monotonic()
     with pytest.raises(PeerLostError, match="cannot be reached for 1 s"):
         rendezvous.wait_for_host("no-such-host.invalid", 29500, 1.0)
@@ -58,7 +58,7 @@ def test_a_host_that_has_not_started_its_rank_is_waited_for(
     began = time.monotonic()
 
     def start_late(seconds: float) -> None:
-        # Refused for longer than the limit for a host that does not answer.
+        # Refused for longer than the limit for a host that does not reply.
         if time.monotonic() - began > 1.5 and listener.getsockname()[1] == 0:
             listener.bind(("127.0.0.1", port))
             listener.listen()
