@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from pretrain.core.errors import PEER_LOST
@@ -17,7 +19,7 @@ from tests.support.two_hosts import PORT, TwoHosts, make_two_hosts
 pytestmark = pytest.mark.full
 TIMEOUT = 5
 MARGIN = 5
-STEPS = 400
+STEPS = 160
 # Like ssh, for mpirun: options, then the host, then the command.
 REMOTE_SHELL = """\
 #!/usr/bin/env bash
@@ -111,13 +113,18 @@ def test_a_cut_cable_ends_both_sides_and_the_same_command_resumes(
 
     for started in start(launcher, hosts, tiny, run, STEPS):
         assert started.wait() == 0, started.stderr
-    assert curve(run) == curve(uninterrupted)
+    assert losses(run) == losses(uninterrupted)
 
 
-def ranks_of(started: Started) -> list:
+def losses(run: Path) -> list[dict[str, Any]]:
+    """What must be equal bit for bit; a window of expert usage begins anew with a resume."""
+    return [record for record in curve(run) if record["kind"] != "usage"]
+
+
+def ranks_of(started: Started) -> list[psutil.Process]:
     return [process for process in started.alive() if is_rank(process)]
 
 
-def is_rank(process: object) -> bool:
+def is_rank(process: psutil.Process) -> bool:
     words = process.cmdline()
     return bool(words) and "python" in Path(words[0]).name and str(SCRIPT) in words[1:4]
