@@ -48,7 +48,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) ->
         weights = build.initial_weights(resolved, resolved.checkpoints)
         with prints_to_log():
             trainer = build.build_trainer(build.build_run(resolved, weights), stop, data_check)
-            rely_on_watchdog()
+            rely_on_watchdog(resolved.recipe.parallel.timeout_seconds)
             resume_if_possible(trainer, resolved)
             log_configuration(resolved.recipe, resolved.ds_config)
         outcome = Outcome(trainer, resolved.recipe, prints=options.json_path != "-")

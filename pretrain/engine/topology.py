@@ -191,7 +191,8 @@ def connect(
     is lost.
 
     Args:
-        timeout_seconds: of silence, after which a rank is lost.
+        timeout_seconds: of silence, after which a rank is lost; a minute at least until
+            :func:`rely_on_watchdog` is called.
         connect_seconds: the same, until all ranks are connected.
 
     Raises:
@@ -212,7 +213,9 @@ def connect(
         _start_watchdog(min(connect_seconds, timeout_seconds))
         _join()
         for watchdog in _watchdogs:
-            watchdog.set_limit(timeout_seconds)
+            # Loading libraries and building the model hold Python's lock for seconds, in which no
+            # thread of this process gives a sign of life.
+            watchdog.set_limit(max(timeout_seconds, CONNECT_SECONDS))
             wait_long_in_all_groups()
     return Topology(
         rank=distributed.get_rank(),
@@ -248,9 +251,13 @@ def _join() -> None:
             end_without_peer(error)
 
 
-def rely_on_watchdog() -> None:
-    """Let no collective give up on a rank that is alive: call it once all groups are made."""
-    if _watchdogs:
+def rely_on_watchdog(timeout_seconds: float) -> None:
+    """Apply the limit of a run that takes steps: call it once the engine is built.
+
+    From here on no collective gives up on a rank that is alive; the watchdog decides.
+    """
+    for watchdog in _watchdogs:
+        watchdog.set_limit(timeout_seconds)
         wait_long_in_all_groups()
 
 
