@@ -84,7 +84,7 @@ make_trainer = build.build_trainer
 build.build_trainer = build_slow
 for entry in PAUSES:
     if entry["place"] == "save":
-        CheckpointStore._write_rank = sleep_before(CheckpointStore._write_rank, entry["seconds"])
+        CheckpointStore._write = sleep_before(CheckpointStore._write, entry["seconds"])
     elif entry["place"] == "packing":
         build.prepare_packing = sleep_before(build.prepare_packing, entry["seconds"])
 
