@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ from tests.support.tiny_run import SCRIPT, Started, Tiny, curve, wait_for_step
 TIMEOUT = 5
 # Between the end of the timeout and the end of the process.
 MARGIN = 5
+STARTED: list[Started] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """A rank that was to end and did not must not run for ever."""
+    yield
+    for started in STARTED:
+        for process in started.alive():
+            process.kill()
+    STARTED.clear()
 
 
 def start_ranks(tiny: Tiny, run: Path, steps: int, pauses: list[dict[str, Any]]) -> list[Started]:
@@ -38,10 +50,12 @@ def start_ranks(tiny: Tiny, run: Path, steps: int, pauses: list[dict[str, Any]])
     command: list[str | Path] = [sys.executable, *(worker if pauses else [SCRIPT])]
     settings = ("parallel.ep_size=2", f"parallel.timeout_seconds={TIMEOUT}")
     command += tiny.arguments(run, *settings, steps=steps)
-    return [
+    ranks = [
         Started(command, run.parent, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
+    STARTED.extend(ranks)
+    return ranks
 
 
 def seconds_until_end(process: psutil.Popen | Any, limit: float) -> float:
@@ -62,7 +76,7 @@ def test_a_stopped_rank_is_named_and_ends_too_once_it_continues(
     tiny: Tiny, tmp_path: Path, stopped: int
 ) -> None:
     run = tmp_path / "run"
-    ranks = start_ranks(tiny, run, 100_000, [])
+    ranks = start_ranks(tiny, run, 2_000, [])
     wait_for_step(run, 5, ranks[0])
     other, victim = ranks[1 - stopped], ranks[stopped]
     victim.process.send_signal(signal.SIGSTOP)
@@ -92,7 +106,7 @@ def test_a_rank_that_is_alive_but_stuck_is_named_with_its_place(
     run = tmp_path / "run"
     step = 3 if place == "callback" else 4
     pause = {"rank": rank, "place": place, "step": step, "seconds": 10_000}
-    for started in start_ranks(tiny, run, 100_000, [pause]):
+    for started in start_ranks(tiny, run, 2_000, [pause]):
         found = sentence(started)
         assert f"rank {rank} " in found and f"it is in {where}" in found, found
         assert "stuck_here" in found, found
@@ -132,6 +146,7 @@ def test_a_rank_that_is_lost_while_another_has_not_appeared_yet_is_noticed(
         Started([sys.executable, "-c", CONNECTING], tmp_path, shared | {"RANK": str(rank)})
         for rank in range(2)
     ]
+    STARTED.extend(ranks)
     wait_for_beats(port, 2)
     # Longer than the limit: rank 2 may start much later.
     time.sleep(5)
