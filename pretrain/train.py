@@ -13,12 +13,18 @@ from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import warnings_about
 from pretrain.core.cli import write_json
-from pretrain.core.errors import DONE, PREEMPTED, PeerLostError, PipelineError, is_peer_loss
+from pretrain.core.errors import DONE, PREEMPTED, PipelineError, is_peer_loss
 from pretrain.core.files import JsonObject
 from pretrain.core.signals import StopRequest
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.engine.precision import hardware_warnings
-from pretrain.engine.topology import disconnect, starts_as_first_rank
+from pretrain.engine.topology import (
+    disconnect,
+    end_without_peer,
+    leave,
+    rely_on_watchdog,
+    starts_as_first_rank,
+)
 from pretrain.run import build
 from pretrain.run.arguments import parse_arguments
 from pretrain.run.dry_run import plan_run
@@ -42,6 +48,7 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) ->
         weights = build.initial_weights(resolved, resolved.checkpoints)
         with prints_to_log():
             trainer = build.build_trainer(build.build_run(resolved, weights), stop, data_check)
+            rely_on_watchdog(resolved.recipe.parallel.timeout_seconds)
             resume_if_possible(trainer, resolved)
             log_configuration(resolved.recipe, resolved.ds_config)
         outcome = Outcome(trainer, resolved.recipe, prints=options.json_path != "-")
@@ -77,11 +84,7 @@ def run(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         if not is_peer_loss(error):
             raise
-        logger.exception("another rank is gone")
-        raise PeerLostError(
-            "another rank has ended or cannot be reached; fix what it reports, "
-            "then run the same command to continue from the last checkpoint"
-        ) from None
+        end_without_peer(error)
     disconnect()
     return code
 
@@ -91,7 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         return run(options)
-    except PipelineError:
+    except BaseException as error:
+        # The other ranks end too, with this sentence. Before anything that may take time.
+        leave(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        if not isinstance(error, PipelineError):
+            raise
         # Every rank meets the same error. Rank 0 reports it, and its launcher ends the others
         # before they repeat the sentence.
         if not starts_as_first_rank(os.environ):

@@ -92,6 +92,13 @@ class ParallelConfig(Section):
     """How the ranks share the model. ZeRO is in the ds_config."""
 
     ep_size: Ranks = Field(1, description="ranks that share one set of experts")
+    timeout_seconds: Annotated[float, Field(ge=2)] = Field(
+        300.0,
+        description=(
+            "a rank that gives no sign of life, or holds up the others in a step, for as long is "
+            "lost: all ranks end with exit code 7; validation and saving may take longer"
+        ),
+    )
 
 
 class CheckpointConfig(Section):

@@ -74,18 +74,36 @@ class PeerLostError(PipelineError):
     exit_code = PEER_LOST
 
 
+# torch's errors of its stores, of the network below them, and of NCCL. By name: this layer does not
+# import torch.
+NETWORK_ERRORS = ("DistNetworkError", "DistStoreError", "DistBackendError")
+# Texts of the operating system, which gloo passes on, and of libraries.
+NETWORK_SIGNS = (
+    "gloo/transport/",
+    "connectFullMesh",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
+    "Network is down",
+    "Host is down",
+    "Broken pipe",
+    "Socket Timeout",
+    "NCCL",
+    "Timed out waiting",
+)
+
+
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether this is how gloo, NCCL or MPI report that another process is gone."""
+    """Whether this is how gloo, NCCL or torch's store report that another process is gone."""
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(kind.__name__ in NETWORK_ERRORS for kind in type(error).__mro__):
+        return True
     text = str(error)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Socket Timeout",
-        "NCCL",
-        "Timed out waiting",
-    )
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    return any(sign in text for sign in NETWORK_SIGNS)
 
 
 def run_command(main: Callable[[], int | None]) -> None:

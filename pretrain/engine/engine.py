@@ -11,6 +11,7 @@ from data_pipeline.loading.batch import Batch
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Phase
 from pretrain.core import faults
+from pretrain.core.activity import ACTIVITY
 from pretrain.core.files import JsonObject
 from pretrain.engine.balance import BalanceBiases
 from pretrain.engine.build import (
@@ -217,6 +218,7 @@ class Engine:
         totals = StepTotals(self._num_losses(), len(batches), self.topology.device)
         self._begin_veto(should_skip, totals)
         for number, batch in enumerate(batches):
+            ACTIVITY.tick()
             output = self._forward(batch, normalizer, fractions_LE)
             loss = faults.poison("step.backward", output.loss)
             self.deepspeed.backward(self.loss_scale.for_backward(loss))
@@ -258,6 +260,7 @@ class Engine:
         # fp64: a sum of millions of fp32 losses would lose digits.
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
+            ACTIVITY.tick()
             output = self._forward(batch.to(self.topology.device), 1.0)
             counted = (batch.labels_BS >= 0).sum().double()
             totals += torch.stack((output.nll.double().cpu(), counted))

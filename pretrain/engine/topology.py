@@ -6,24 +6,43 @@ mpi4py), and no launcher at all.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import distributed
 
-from pretrain.core.errors import ConfigError
+from pretrain.core.activity import ACTIVITY
+from pretrain.core.errors import ConfigError, PeerLostError, is_peer_loss
+from pretrain.engine.rendezvous import (
+    RENDEZVOUS_TIMEOUT,
+    address_towards,
+    choose_interface,
+    is_loopback,
+    outward_address,
+    store_opener,
+    wait_for_host,
+)
+from pretrain.engine.stacks import has_log, write_stacks
+from pretrain.engine.watchdog import RUN_AGAIN, Watchdog
+from pretrain.engine.workarounds.group_timeouts import wait_long_in_all_groups
 from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 
+logger = logging.getLogger(__name__)
+
 Value = TypeVar("Value")
-# Nodes of a large job may start minutes apart.
-RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
+# A rank that has connected and is gone again is noticed after these; one that has not appeared yet
+# may start minutes later.
+CONNECT_SECONDS = 60.0
+# The watchdog of this process, from connect() to disconnect(); a process has one default group.
+_watchdogs: list[Watchdog] = []
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _own_address(others: list[str]) -> str:
+    """Return an address of this host for ranks on others; empty if there is none."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        # Debian and its kin give a host's own name a loopback address.
+        if not is_loopback(address):
+            return address
+    for other in others:
+        with contextlib.suppress(OSError):
+            address = address_towards(other)
+            if not is_loopback(address):
+                return address
+    return outward_address() or ""
+
+
 def _from_mpi() -> dict[str, str]:
     # An optional package, and importing it starts MPI.
     from mpi4py import MPI
@@ -83,14 +117,22 @@ def _from_mpi() -> dict[str, str]:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     # On one machine the loopback always works; a host name may not resolve.
     on_one_machine = node.size == world.size
-    own_address = "127.0.0.1" if on_one_machine else socket.gethostbyname(socket.gethostname())
+    own = socket.gethostname()
+    others = sorted({name for name in world.allgather(own) if name != own})
+    own_address = "127.0.0.1" if on_one_machine else _own_address(others)
     # Rank 0 listens: its address and port are everyone's.
     address, port = world.bcast((own_address, free_port()), root=0)
+    address = os.environ.get("MASTER_ADDR", address)
+    if not address:
+        raise ConfigError(
+            "rank 0 finds no address of its host that the other hosts could reach: set MASTER_ADDR"
+        )
     return {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
         "LOCAL_RANK": str(node.rank),
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR", address),
+        "LOCAL_WORLD_SIZE": str(node.size),
+        "MASTER_ADDR": address,
         "MASTER_PORT": os.environ.get("MASTER_PORT", str(port)),
     }
 
@@ -140,21 +182,41 @@ def starts_as_first_rank(environment: Mapping[str, str]) -> bool:
     return next((environment[name] for name in names if name in environment), "0") == "0"
 
 
-def connect(ep_size: int) -> Topology:
-    """Join all processes into torch's default group, and choose this process's device."""
+def connect(
+    ep_size: int, timeout_seconds: float = 300.0, connect_seconds: float = CONNECT_SECONDS
+) -> Topology:
+    """Join all processes into torch's default group, and choose this process's device.
+
+    From here to :func:`disconnect` a watchdog ends this process with exit code 7 if another rank
+    is lost.
+
+    Args:
+        timeout_seconds: of silence, after which a rank is lost; a minute at least until
+            :func:`rely_on_watchdog` is called.
+        connect_seconds: the same, until all ranks are connected.
+
+    Raises:
+        ConfigError: if the network interface cannot be found.
+        PeerLostError: if rank 0 cannot be reached, or a rank never appears.
+    """
     os.environ.update(discover(os.environ))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
+    has_gpus = accelerator.device_name() != "cpu"
+    if has_gpus:
         # Before any allocation: every rank of a node would otherwise start a context on GPU 0.
         accelerator.set_device(local_rank)
     # Before init_distributed, which would compile the operation.
     avoid_shared_memory_all_reduce()
-    # discover() has set all variables, so DeepSpeed must not look for an MPI launcher itself.
     if not distributed.is_initialized():
-        deepspeed.init_distributed(
-            auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
-        )
+        os.environ.update(choose_interface(os.environ, has_gpus))
+        _start_watchdog(min(connect_seconds, timeout_seconds))
+        _join()
+        for watchdog in _watchdogs:
+            # Loading libraries and building the model hold Python's lock for seconds, in which no
+            # thread of this process gives a sign of life.
+            watchdog.set_limit(max(timeout_seconds, CONNECT_SECONDS))
+            wait_long_in_all_groups()
     return Topology(
         rank=distributed.get_rank(),
         world_size=distributed.get_world_size(),
@@ -163,7 +225,70 @@ def connect(ep_size: int) -> Topology:
     )
 
 
+def _start_watchdog(limit: float) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size == 1:
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        wait_for_host(host, port, limit)
+    opener = store_opener(os.environ, limit)
+    watchdog = Watchdog(opener, rank, world_size, socket.gethostname(), ACTIVITY, limit)
+    _watchdogs[:] = [watchdog]
+    watchdog.start()
+
+
+def _join() -> None:
+    with ACTIVITY.pause("connecting"):
+        try:
+            # discover() has set all variables, so DeepSpeed must not look for an MPI launcher.
+            deepspeed.init_distributed(
+                auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
+            )
+        except RuntimeError as error:
+            if not is_peer_loss(error):
+                raise
+            end_without_peer(error)
+
+
+def rely_on_watchdog(timeout_seconds: float) -> None:
+    """Apply the limit of a run that takes steps: call it once the engine is built.
+
+    From here on no collective gives up on a rank that is alive; the watchdog decides.
+    """
+    for watchdog in _watchdogs:
+        watchdog.set_limit(timeout_seconds)
+        wait_long_in_all_groups()
+
+
+def end_without_peer(error: RuntimeError) -> NoReturn:
+    """End this process with exit code 7 after the network has reported a lost rank.
+
+    Raises:
+        PeerLostError: if there is no watchdog, which would end the process.
+    """
+    # Before there is a log, its records go to the terminal, where one sentence is enough.
+    if has_log():
+        logger.error("another rank is gone", exc_info=error)
+    for watchdog in _watchdogs:
+        watchdog.end_after_loss()
+    write_stacks("another rank is gone")
+    raise PeerLostError(f"another rank has ended or cannot be reached; {RUN_AGAIN}") from None
+
+
+def leave(how: str = "done") -> None:
+    """Stop the watchdog, because this rank ends; the other ranks get to know how.
+
+    Args:
+        how: "done", or the sentence of the error that ends this rank.
+    """
+    for watchdog in _watchdogs:
+        watchdog.leave(how)
+    _watchdogs.clear()
+
+
 def disconnect() -> None:
     """Leave the process group, so that no process keeps waiting."""
+    leave()
     if distributed.is_initialized():
         distributed.destroy_process_group()

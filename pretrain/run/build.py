@@ -145,7 +145,7 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
     if recipe.train.deterministic:
         # Before the first CUDA kernel: cuBLAS reads its workspace size once.
         be_deterministic()
-    topology = connect(recipe.parallel.ep_size)
+    topology = connect(recipe.parallel.ep_size, recipe.parallel.timeout_seconds)
     return ResolvedRun(config.recipe, config.timeline, datasets, topology, config.ds_config)
 
 

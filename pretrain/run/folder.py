@@ -29,6 +29,7 @@ from pretrain.core.credentials import redact
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.core.files import JsonObject, only_writer, write_synced
 from pretrain.core.strict_json import NotAnObject, read_object
+from pretrain.engine.stacks import write_stacks_to
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     The terminal stays free for the progress bar and the results.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    write_stacks_to(folder / LOG)
     handler = _LogFile(folder / LOG, encoding="utf-8")
     handler.setFormatter(
         _Redacting(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")

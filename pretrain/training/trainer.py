@@ -10,6 +10,7 @@ from data_pipeline.loading.interface import Loader
 from pretrain.callbacks.base import CallbackList
 from pretrain.config.timeline import Phase, Timeline
 from pretrain.core import faults
+from pretrain.core.activity import ACTIVITY
 from pretrain.engine.engine import Engine
 from pretrain.guards.detect import Violation
 from pretrain.guards.policy import GuardPolicy
@@ -65,7 +66,8 @@ class Trainer:
         self.timer.start()
         # Damage in what the loader has read before the first step.
         self.stopping.raise_data_faults()
-        with self.checkpoints.published():
+        # The end of publishing, which may take long, is outside of what must make progress.
+        with self.checkpoints.published(), ACTIVITY.running():
             return self._loop()
 
     def _loop(self) -> bool:
@@ -76,10 +78,12 @@ class Trainer:
             self._record()
             ends_part = self.checkpoints.ended.note_step(self.progress.step)
             is_best = self._validate(ends_part)
+            ACTIVITY.note(f"the end of step {self.progress.step}")
             # Asked after the last step too: it ends the run if data are damaged.
             stopped = self.stopping.requested() and not self.is_done
             if self.is_done or stopped or self.checkpoints.is_due(self.progress, is_best):
-                self.checkpoints.save(self.progress, waits=self.is_done or stopped)
+                with ACTIVITY.pause(f"saving step {self.progress.step}"):
+                    self.checkpoints.save(self.progress, waits=self.is_done or stopped)
             if stopped:
                 return False
         return True
@@ -89,8 +93,11 @@ class Trainer:
         faults.reached("step.begin")
         step = self.progress.step
         with self.timer.step(self.progress):
+            ACTIVITY.note(f"step {step + 1}")
             self._enter_phase(step)
-            batches = self.loader.step_batches(step)
+            # Slow storage is reported by a guard; it is no hang.
+            with ACTIVITY.pause(f"waiting for the data of step {step + 1}"):
+                batches = self.loader.step_batches(step)
             # Guards and records count steps from 1, the engine and the data from 0.
             self.guards.begin_step(step + 1)
             factor, balance_rate = self.schedules.at(step)
@@ -106,6 +113,7 @@ class Trainer:
     def _record(self) -> None:
         """Report the step, and make the records that are due."""
         step = self.progress.step
+        ACTIVITY.note(f"the records and callbacks of step {step}")
         self.callbacks.on_step(step)
         self.metrics.record(self.progress, self.is_done or self.timeline.ends_phase(step))
 
@@ -122,6 +130,7 @@ class Trainer:
             return False
         if not (self.is_done or ends_part or validator.is_due(self.progress.step)):
             return False
+        ACTIVITY.note(f"the validation after step {self.progress.step}")
         # A sample first: it is what all validations of the run have in common.
         loss = validator.sample(self.progress)
         if not self.is_done:
@@ -166,12 +175,16 @@ class Trainer:
 
     def _roll_back(self, violation: Violation) -> None:
         """Go back to the newest checkpoint before the incident, and continue with later data."""
+        ACTIVITY.note(f"going back from step {self.progress.step}")
         before = self.progress
         skipped = self.guards.config.rollback.skip_steps
-        checkpoint = self.checkpoints.go_back(violation)
-        # Before the loader is set back: the data up to here, and a little more, are passed over.
-        consumed = self.loader.consumed(before.step + skipped)
-        self.resume(checkpoint)
+        # Hashing and reading a large checkpoint takes as long as it takes.
+        with ACTIVITY.pause("going back to a checkpoint"):
+            checkpoint = self.checkpoints.go_back(violation)
+            # Before the loader is set back: the data up to here, and a little more, are passed
+            # over.
+            consumed = self.loader.consumed(before.step + skipped)
+            self.resume(checkpoint)
         self.progress.take_over_counts(before)
         self.loader.pass_over(self.progress.step, consumed)
         self.loader.require(self.num_steps)

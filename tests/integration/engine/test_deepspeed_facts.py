@@ -98,6 +98,14 @@ def test_the_shared_memory_all_reduce_is_still_offered() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_groups_of_deepspeed_have_the_timeout_of_torch() -> None:
+    passes("""
+from datetime import timedelta
+group = deepspeed.comm.new_group([0])
+assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=30)
+""")
+
+
 def test_a_new_batch_size_leaves_the_count_of_micro_batches() -> None:
     passes("""
 engine, optimizer, _, _ = start(1)
