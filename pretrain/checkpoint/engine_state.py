@@ -55,7 +55,7 @@ def load_engine(engine: Engine, weights: TensorReader, optimizer: TensorReader) 
 
 
 class Snapshot:
-    """Copies of tensors in host memory, which stay as they are while training goes on.
+    """Copies of tensors in host memory, which stay as they are while training continues.
 
     The memory is used again by the next snapshot: new memory would be slower to fill.
     """

@@ -2,7 +2,7 @@
 
 torch's restricted loader calls none but a few functions that build tensors. Before it sees a file,
 the file is searched for what takes endless memory or time: archives that inflate, and instructions
-that nest or go on without end.
+that nest or never end.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_old_file(path: Path) -> None:
-    """Raise ValueError for a file of one pickle behind the other that goes on without end."""
+    """Raise ValueError for a file of one pickle behind the other that never ends."""
     left = MOST_INSTRUCTIONS
     with path.open("rb") as file:
         for _ in range(PICKLES_BEFORE_1_6):

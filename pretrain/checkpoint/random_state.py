@@ -38,10 +38,9 @@ def restore_random_state(state: RandomState) -> None:
     """Set every generator to a saved state; that of a GPU only if both processes have one."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))  # type: ignore[arg-type]
-    name, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state(
-        (name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached)  # type: ignore[arg-type]
-    )
+    name, keys, *rest = state["numpy"]
+    # Typed as object, because JSON has one type for all lists.
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

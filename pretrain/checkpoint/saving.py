@@ -1,4 +1,4 @@
-"""Work that goes on while training does: a thread, and collectives of its own."""
+"""Work beside training: a thread, and collectives of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 class SavingRanks:
     """The ranks as their saving threads see them. Every rank must make it.
 
-    Training's collectives go on meanwhile, and two threads must not share a process group. This one
+    Training's collectives run meanwhile, and two threads must not share a process group. This one
     is of gloo on every device: it carries file names and sizes.
     """
 
@@ -47,7 +47,7 @@ class SaveThread:
 
     @property
     def is_busy(self) -> bool:
-        """Whether work is going on."""
+        """Whether work is under way."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, work: Callable[[], object]) -> None:

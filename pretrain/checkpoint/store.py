@@ -126,7 +126,7 @@ class CheckpointStore:
             pointers: steps by the pointer that names them; these checkpoints are kept in addition
                 to the newest ``checkpoint.keep_last``.
             rank_state: of this rank.
-            background: return as soon as the state is copied, and write it while training goes on.
+            background: return as soon as the state is copied, and write it while training continues.
 
         Raises:
             StorageError: if space does not suffice or writing fails, this time or in the background

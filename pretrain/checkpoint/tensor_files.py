@@ -167,7 +167,7 @@ class TensorFileWriter:
         self._file.seek(place)
         self._file.write(values)
         if place == self._hashed:
-            # Both release Python's lock, so training goes on meanwhile.
+            # Both release Python's lock, so training continues meanwhile.
             self._hash.update(values)
             self._hashed += form.bytes
         self.missing.remove(name)

@@ -40,7 +40,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     if case.get("save"):
         step += case["steps"]
         saved = store.save(step, {"step": step}, background=case.get("background", False))
-        # Training goes on at once: what is written must be the state of before.
+        # Training continues at once: what is written must be the state of before.
         losses, norms = _train(engine, recipe, step, case["after"])
         store.finish()
         result |= {"saved": str(saved), "hashes": state_hashes(saved) if topology.is_main else {}}
