@@ -23,6 +23,7 @@ from pretrain.run import build
 from pretrain.run.arguments import parse_arguments
 from pretrain.run.dry_run import plan_run
 from pretrain.run.folder import log_configuration, log_to_file, owned_folder, prints_to_log
+from pretrain.run.ledger import open_ledger
 from pretrain.run.outcome import Outcome
 from pretrain.run.resume import resume_if_possible
 
@@ -42,10 +43,11 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) ->
         weights = build.initial_weights(resolved, resolved.checkpoints)
         with prints_to_log():
             trainer = build.build_trainer(build.build_run(resolved, weights), stop, data_check)
-            resume_if_possible(trainer, resolved)
+            continued = resume_if_possible(trainer, resolved)
             log_configuration(resolved.recipe, resolved.ds_config)
         outcome = Outcome(trainer, resolved.recipe, prints=options.json_path != "-")
         outcome.announce()
+        open_ledger(trainer, resolved, continued)
         # Errors before this line are of the configuration: callbacks have not started yet.
         try:
             finished = outcome.has_ended or trainer.fit()
