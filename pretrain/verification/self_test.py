@@ -266,14 +266,14 @@ def differences(
     found = []
     for name, value in reference.losses.items():
         found += _apart(name, here.losses.get(name, math.nan), value, whole, 1e-6)
-    found += _apart("gradient norm", here.norm, reference.norm, whole, 0.0)
     if missing := reference.experts.keys() ^ here.experts.keys():
         found.append(f"{len(missing)} gradients of experts have no counterpart, as {min(missing)}")
     smallest = SMALLEST_SHARE[precision] * reference.norm
-    for name in reference.experts.keys() & here.experts.keys():
+    for name in sorted(reference.experts.keys() & here.experts.keys()):
         what = f"gradient norm of {name}"
         found += _apart(what, here.experts[name], reference.experts[name], each, smallest)
-    return found
+    # Last: what follows from the others says least.
+    return found + _apart("gradient norm", here.norm, reference.norm, whole, 0.0)
 
 
 def _apart(what: str, here: float, there: float, relative: float, absolute: float) -> list[str]:
