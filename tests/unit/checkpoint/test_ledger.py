@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.layout import file_entry, step_folder, write_manifest
+from pretrain.checkpoint.layout import RECIPE, STATE, file_entry, step_folder, write_manifest
 from pretrain.checkpoint.ledger import LEDGER, Ledger, Origin, SegmentFacts, record_hash
 from pretrain.checkpoint.trace import Trace, check_ledger
 from pretrain.core.errors import CheckpointError
@@ -26,11 +26,13 @@ FACTS: SegmentFacts = {
 
 
 def publish(run: Path, ledger: Ledger | None, step: int, content: str = "weights") -> Path:
-    """A checkpoint's folder with one file, recorded as the store does."""
+    """A checkpoint's folder with three small files, recorded as the store does."""
     folder = step_folder(run / "checkpoints", step)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "file").write_text(f"{content} {step}")
-    manifest = write_manifest(folder, {"file": file_entry(folder / "file")})
+    texts = {"file": f"{content} {step}", RECIPE: "name: x", STATE: f'{{"step": {step}}}'}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    manifest = write_manifest(folder, {name: file_entry(folder / name) for name in texts})
     if ledger is not None:
         ledger.checkpoint(step, manifest)
     return folder
