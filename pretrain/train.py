@@ -29,8 +29,10 @@ from pretrain.run import build
 from pretrain.run.arguments import parse_arguments
 from pretrain.run.dry_run import plan_run
 from pretrain.run.folder import log_configuration, log_to_file, owned_folder, prints_to_log
+from pretrain.run.ledger import open_ledger
 from pretrain.run.outcome import Outcome
 from pretrain.run.resume import resume_if_possible
+from pretrain.verification.self_test import is_due, self_test
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +49,17 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) ->
         stop.install()
         weights = build.initial_weights(resolved, resolved.checkpoints)
         with prints_to_log():
-            trainer = build.build_trainer(build.build_run(resolved, weights), stop, data_check)
+            built = build.build_run(resolved, weights)
+            # Before the resume: the reference starts from the same weights as the run.
+            if options.self_test or is_due(resolved.recipe, topology.world_size):
+                self_test(built.engine, resolved.timeline, weights)
+            trainer = build.build_trainer(built, stop, data_check)
             rely_on_watchdog(resolved.recipe.parallel.timeout_seconds)
-            resume_if_possible(trainer, resolved)
+            continued = resume_if_possible(trainer, resolved)
             log_configuration(resolved.recipe, resolved.ds_config)
         outcome = Outcome(trainer, resolved.recipe, prints=options.json_path != "-")
         outcome.announce()
+        open_ledger(trainer, resolved, continued)
         # Errors before this line are of the configuration: callbacks have not started yet.
         try:
             finished = outcome.has_ended or trainer.fit()

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pretrain.checkpoint import layout
+from pretrain.checkpoint.ledger import Ledger
 from pretrain.checkpoint.saving import SavingRanks
 from pretrain.core import faults
 from pretrain.core.errors import StorageError
@@ -83,11 +84,18 @@ class CheckpointFolder:
             f"{self.path} has {free / 1e6:.0f} MB"
         )
 
-    def publish(self, temporary: Path, target: Path, files: Mapping[str, layout.FileEntry]) -> None:
+    def publish(
+        self,
+        temporary: Path,
+        target: Path,
+        files: Mapping[str, layout.FileEntry],
+        ledger: Ledger | None = None,
+    ) -> None:
         """Write the manifest, give the folder its name, move ``latest``; rank 0 does.
 
         Args:
             files: all of them, written and synced.
+            ledger: of the run; None if none is kept.
         """
         faults.reached("save.manifest")
         manifest = layout.write_manifest(temporary, files)
@@ -95,6 +103,9 @@ class CheckpointFolder:
         # system may write the rename first.
         for path in (manifest, temporary):
             fsync_path(path)
+        # Before the name: a kill in between leaves a record too many, never one too few.
+        if ledger is not None:
+            ledger.checkpoint(layout.step_of(target), manifest)
         # A folder that is not empty cannot be replaced. It is there if the run began before a
         # damaged checkpoint of the same step.
         if target.exists():

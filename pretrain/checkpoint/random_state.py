@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy
 import torch
@@ -40,7 +40,8 @@ def restore_random_state(state: RandomState) -> None:
     random.setstate((version, tuple(keys), gauss))  # type: ignore[arg-type]
     name, keys, *rest = state["numpy"]
     # Typed as object, because JSON has one type for all lists.
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+    values: Any = (name, numpy.array(keys, dtype=numpy.uint32), *rest)
+    numpy.random.set_state(values)
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

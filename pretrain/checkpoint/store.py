@@ -22,6 +22,7 @@ from pretrain.checkpoint.engine_state import (
     weight_tensors,
     write_tensors,
 )
+from pretrain.checkpoint.ledger import Ledger
 from pretrain.checkpoint.model_card import model_card
 from pretrain.checkpoint.optimizer_state import Stored, optimizer_tensors
 from pretrain.checkpoint.publication import CheckpointFolder, first_fault
@@ -94,6 +95,7 @@ class CheckpointStore:
     Attributes:
         side_files: what belongs to the tokenizer and is written into each checkpoint with it.
         thread: writes what was saved last.
+        ledger: of the run, on rank 0; None if none is kept.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class CheckpointStore:
         self.tokenizer = tokenizer
         self.side_files: SideFiles = {}
         self.thread = SaveThread()
+        self.ledger: Ledger | None = None
         self._ranks = SavingRanks(engine.topology)
         self._checkpoints = CheckpointFolder(folder, self._ranks)
         self._snapshots = Snapshot(), Snapshot()
@@ -180,6 +183,8 @@ class CheckpointStore:
         topology = self.engine.topology
         if kept is not None and topology.is_main:
             self._checkpoints.remove_from(step, kept)
+            if self.ledger is not None:
+                self.ledger.rollback(kept)
         topology.barrier()
         return kept
 
@@ -294,7 +299,7 @@ class CheckpointStore:
             try:
                 # Only headers are read: every element of every weight must be there, once.
                 open_whole_weights(temporary, self.engine.recipe.model)
-                self._checkpoints.publish(temporary, target, files)
+                self._checkpoints.publish(temporary, target, files, self.ledger)
                 self._checkpoints.point(content.pointers)
                 config = self.engine.recipe.checkpoint
                 protected = {*content.pointers.values()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from data_pipeline.config import DataConfig
 from pretrain.config.callbacks import CallbackConfig
@@ -29,6 +29,11 @@ from pretrain.core.section import (
 )
 from pretrain.model.config import ModelConfig
 from pretrain.optim.config import Optimizer
+
+
+def _on_or_off(value: object) -> object:
+    # YAML reads a bare on or off as a boolean.
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class TrainConfig(Section):
@@ -73,6 +78,13 @@ class TrainConfig(Section):
     # Of the norm over all parameters and ranks, which DeepSpeed computes.
     grad_clip: Annotated[float, Field(ge=0)] = Field(
         1.0, description="largest global gradient norm; 0 switches clipping off"
+    )
+    self_test: Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_or_off)] = Field(
+        "auto",
+        description=(
+            "at the start, compare losses and gradients of one small batch with those of a single "
+            "rank; 'auto': if several ranks will train for more than an hour"
+        ),
     )
     deterministic: bool = Field(
         False,

@@ -114,6 +114,21 @@ def resolve_ds_config(
     return resolved
 
 
+def reopen_ds_config(resolved: JsonObject, recipe: Recipe, zero_stage: int) -> JsonObject:
+    """Return a resolved ds_config with what the recipe owns left open again, at a ZeRO stage.
+
+    So it can be resolved for another number of ranks; the file's own policy stays.
+    """
+    opened: JsonObject = json.loads(json.dumps(resolved))
+    for keys in _owned_by_recipe(recipe, "bf16", 1, 1):
+        section = opened
+        for key in keys[:-1]:
+            section = section.get(key, {})
+        section.pop(keys[-1], None)
+    opened["zero_optimization"] = {**opened.get("zero_optimization", {}), "stage": zero_stage}
+    return opened
+
+
 def _owned_by_recipe(
     recipe: Recipe, precision: str, accumulation_steps: int, world_size: int
 ) -> dict[tuple[str, ...], tuple[Any, str]]:

@@ -75,6 +75,7 @@ class Engine:
         usage: how often each expert was chosen.
         sparse_optimizer: trains the expert tables of a PEER model; None for other models.
         masters: the fp32 weights.
+        before_update: is called in each step when all gradients are reduced; None for nothing.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Engine:
         self.loss_scale = LossScale(self.optimizer, self.zero_stage, precision)
         self.masters = MasterWeights(self.optimizer, self.zero_stage, precision)
         self.usage = UsageCounter(self.model, topology)
+        self.before_update: Callable[[], None] | None = None
         self._frozen: FrozenParameters | None = None
         if self._frozen_names:
             self._frozen = FrozenParameters(optimizer, self.masters.local_part)
@@ -229,6 +231,8 @@ class Engine:
             # one and updates in its step(), which only advances the count before.
             if number == len(batches) - 1:
                 faults.reached("step.update")
+                if self.before_update is not None:
+                    self.before_update()
                 for hook in self._hooks:
                     hook.before_update()
             self.deepspeed.step()

@@ -44,6 +44,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="with --fresh: delete the run that is there"
     )
     parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="compare the gradients of one small batch with those of a single rank first",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved configuration, sizes, memory and time, and stop",

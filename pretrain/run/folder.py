@@ -23,6 +23,7 @@ from pretrain.checkpoint.layout import (
     complete_checkpoints,
     pointers,
 )
+from pretrain.checkpoint.ledger import LEDGER
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.core.credentials import redact
@@ -46,6 +47,7 @@ OTHER_FILES = (
     "evaluations.jsonl",
     "evaluation.log",
     INITIAL_WEIGHTS,
+    LEDGER,
     "goodput.json",
 )
 CHATTY_LIBRARIES = ("matplotlib", "PIL", "urllib3", "h5py")

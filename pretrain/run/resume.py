@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.state import CheckpointState, Fingerprint
@@ -16,10 +17,10 @@ from pretrain.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
+def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> Path | None:
     """Restore the trainer from the checkpoint that its run continues from, if there is one.
 
-    Every rank must call it.
+    Every rank must call it, and gets that checkpoint; None for a new run.
 
     Raises:
         ConfigError: if the checkpoint is one of another model, tokenizer or order of data.
@@ -30,7 +31,7 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
     store = trainer.checkpoints.store
     fingerprint = trainer.checkpoints.fingerprint
     # Collective, and all ranks must agree: a rank may see damage that the others do not.
-    newest = store.newest()
+    newest = continued = store.newest()
     origin = origin_of(recipe, newest)
     store.side_files = {} if origin is None else read_side_files(origin)
     if newest is not None:
@@ -40,7 +41,7 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
         trainer.resume(newest)
         _announce_changes(recipe, saved, fingerprint, state, resolved.topology.is_main)
     elif recipe.branch_from is not None:
-        parent = store.whole(recipe.branch_from)
+        parent = continued = store.whole(recipe.branch_from)
         saved = layout.read_run_recipe(parent)
         state = layout.read_state(parent)
         check_branch(recipe, saved, fingerprint, state, parent)
@@ -48,6 +49,7 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> None:
         _announce_changes(recipe, saved, fingerprint, state, resolved.topology.is_main)
     # After the resume: a run that has passed over data needs more of them.
     trainer.loader.require(trainer.num_steps)
+    return continued
 
 
 def _announce_changes(

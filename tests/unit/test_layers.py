@@ -44,6 +44,7 @@ LAYERS: list[set[str]] = [
     {"pretrain.guards"},
     {"pretrain.training"},
     {"pretrain.run"},
+    {"pretrain.verification"},
     {"pretrain.train"},
     {"pretrain.sweeps", "pretrain.soak"},
     {"pretrain.__main__"},
