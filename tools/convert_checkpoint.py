@@ -21,18 +21,28 @@ startup.prepare()  # before the slow imports
 
 import torch
 
+from data_pipeline.shards.datasets import data_folders, load_datasets
 from pretrain.checkpoint.layout import read_recipe
+from pretrain.config.load import load_recipe
 from pretrain.config.rules.routers import router_warnings
-from pretrain.core.cli import add_json_option, command_parser, write_json
+from pretrain.core.cli import (
+    add_json_option,
+    add_recipe_option,
+    add_set_option,
+    command_parser,
+    write_json,
+)
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.evaluation.checkpoint import load_matching_corpora, whole_checkpoint
 from pretrain.export.convert import Conversion, export_hf, export_safetensors, export_universal
 from pretrain.export.deepspeed_moe import import_deepspeed
+from pretrain.export.deepspeed_run import import_deepspeed_run
 from pretrain.export.gguf import export_gguf
 from pretrain.export.import_hf import import_hf
 from pretrain.export.parity import TOLERANCE
 from pretrain.export.targets import AUTO, target_names
 from pretrain.export.writer import parse_bytes
+from pretrain.run.resolve import resolve_recipe
 
 EXAMPLES = """\
   python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest \\
@@ -45,7 +55,9 @@ EXAMPLES = """\
       --to universal --output exports/universal
   python tools/convert_checkpoint.py --from hf downloads/OLMoE-1B-7B --output checkpoints/olmoe
   python tools/convert_checkpoint.py --from deepspeed old_run/global_step9000 \\
-      --output exports/old_run"""
+      --output exports/old_run
+  python tools/convert_checkpoint.py --from deepspeed old_run/global_step9000 --recipe quickstart \\
+      --output checkpoints/old_run"""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,6 +74,11 @@ def parse_arguments() -> argparse.Namespace:
         )
     if arguments.origin is not None and arguments.origin[0] not in ("hf", "deepspeed"):
         parser.error(f"--from {arguments.origin[0]}: the formats are hf and deepspeed")
+    from_deepspeed = arguments.origin is not None and arguments.origin[0] == "deepspeed"
+    if not from_deepspeed and arguments.recipe is not None:
+        parser.error("--recipe goes with --from deepspeed")
+    if arguments.overrides and arguments.recipe is None:
+        parser.error("--set goes with --recipe")
     return arguments
 
 
@@ -83,6 +100,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
             " names"
         ),
     )
+    add_recipe_option(
+        parser,
+        help="of --from deepspeed: that of the model, which then becomes a checkpoint with its"
+        " optimizer's states, to continue with branch_from; its data must be built",
+    )
+    add_set_option(parser, help="override any field of --recipe; may be repeated")
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +113,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("hf", "safetensors", "universal", "gguf"),
         help=(
-            "hf: compared with the checkpoint before it is published; universal: of AdamW and"
-            " dropless experts at ZeRO 1 to 3"
+            "hf: compared with the checkpoint before it is published; universal: of AdamW, dense"
+            " or with dropless experts"
         ),
     )
     parser.add_argument(
@@ -162,6 +185,11 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
             for warning in router_warnings(read_recipe(output).model):
                 print(f"warning: {warning}", file=sys.stderr)
             return conversion
+        if arguments.recipe is not None:
+            recipe = load_recipe(arguments.recipe, arguments.overrides)
+            datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
+            recipe = resolve_recipe(recipe, recipe.train.precision, datasets)
+            return import_deepspeed_run(folder, recipe, datasets, output, overwrite)
         return import_deepspeed(folder, output, dtype, overwrite, shard_bytes)
     checkpoint = whole_checkpoint(arguments.checkpoint)
     if arguments.to == "safetensors":

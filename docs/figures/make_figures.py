@@ -45,7 +45,7 @@ PAGE_TAIL = """\
 | the native layer leaves tensors with "expert" in their names out of the main checkpoint file | `pretrain/model/moe/router.py` |
 | DeepSpeed's Muon takes the gradient norm and clips after orthogonalising | `pretrain/optim/muon.py` |
 | monitors raise inside the engine, and count samples instead of steps | `pretrain/engine/monitor.py` |
-| universal checkpoints leave out buffers; at ZeRO 3 all groups get the first one's options | `pretrain/checkpoint/universal.py` |
+| universal checkpoints leave out buffers; at ZeRO 3 all parameters get one tensor as their step | `pretrain/checkpoint/universal.py` |
 | saving has no fsync, temporary name or manifest; a missing `latest` silently means step 0 | `pretrain/checkpoint/store.py` |
 """
 

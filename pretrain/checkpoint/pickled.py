@@ -11,6 +11,7 @@ import pickletools
 import re
 import stat
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -51,10 +52,14 @@ RECALL = {"GET", "BINGET", "LONG_BINGET"}
 EXTEND = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
-def load_pickled(path: Path) -> JsonObject:
+def load_pickled(path: Path, stand_ins: Mapping[str, type] | None = None) -> JsonObject:
     """Return the dictionary in a file: tensors, numbers, strings and containers of them.
 
     Tensors stay in the file until they are read.
+
+    Args:
+        stand_ins: classes of this project by the dotted name of the class whose plain data they
+            take: nothing of the named class is imported or run.
 
     Raises:
         CheckpointError: for a file that is missing or damaged, holds something else, or asks for
@@ -68,7 +73,9 @@ def load_pickled(path: Path) -> JsonObject:
         _check_archive(path) if is_archive else _check_old_file(path)
         # weights_only: a pickle may call any function. Files from before torch 1.6 are no archives,
         # and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        allowed = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
         # torch raises RuntimeError, UnpicklingError, EOFError and more for damaged and dangerous
         # files.

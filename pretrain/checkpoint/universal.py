@@ -1,131 +1,200 @@
-"""Converts a checkpoint to DeepSpeed's universal format, which any topology can load.
+"""Writes a checkpoint in DeepSpeed's universal format, which DeepSpeed loads on any topology.
 
-The format has one file for each weight and each optimizer state.
+```
+universal/
+  mp_rank_00_model_states.pt             counts and buffers; ZeRO 3 reads the same content
+  zero_pp_rank_0_mp_rank_00_model_states.pt      under this name
+  zero/optimizer_state.pt                what belongs to no single parameter
+  zero/<parameter>/fp32.pt               the weight, stacked experts whole
+  zero/<parameter>/exp_avg.pt  exp_avg_sq.pt  step.pt
+latest_universal                         text: universal
+```
+
+The format has one tensor for each parameter, as our files have, so nothing but names and wrappings
+changes (``deepspeed/checkpoint/universal_checkpoint.py`` reads it).
 """
 
 from __future__ import annotations
 
-import io
-import json
-import logging
-from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.checkpoint.group_options import group_options, restore_group_options
-from pretrain.checkpoint.layout import DS_CONFIG, read_recipe
-from pretrain.checkpoint.weights import open_weights
+from pretrain.checkpoint.layout import read_recipe, read_state
+from pretrain.checkpoint.optimizer_state import StoredStates
+from pretrain.checkpoint.pickled import load_pickled
+from pretrain.checkpoint.state import CheckpointState
+from pretrain.checkpoint.tensor_files import TensorReader
+from pretrain.checkpoint.validate import open_whole_weights
+from pretrain.checkpoint.weights import OPTIMIZER, files_of
+from pretrain.checkpoint.weights_only import tensor_shapes
+from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError, ConfigError
+from pretrain.core.files import JsonObject
+from pretrain.model.decoder import DecoderLM
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-logger = logging.getLogger(__name__)
-
-DEEPSPEED_TAG = "deepspeed"
 UNIVERSAL_TAG = "universal"
 UNIVERSAL_LATEST = "latest_universal"
+# The first for ZeRO 1 and 2, the second for ZeRO 3.
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+# The key of a tensor in its file, and what else it says of stacked experts.
+PARAM, IS_EXPERT, EXPERTS = "param", "is_expert_param", "ep_num_experts"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+UNIVERSAL_INFO = "universal_checkpoint_info"
+FORMAT_VERSION = 0.4
 
 
 def check_universal(checkpoint: Path) -> None:
-    """Check that DeepSpeed's converter can convert a checkpoint.
+    """Check that DeepSpeed can load a checkpoint in its universal format.
 
     Raises:
-        ConfigError: if it is known to fail, or there is nothing to convert.
+        ConfigError: if it cannot, or there is no optimizer state to write.
     """
-    stage = _zero_stage(checkpoint)
-    recipe = read_recipe(checkpoint)
-    model = recipe.model
-    if stage is None or not (checkpoint / DEEPSPEED_TAG).is_dir():
+    if "engine" not in read_state(checkpoint):
         raise ConfigError(
-            f"{checkpoint} holds weights alone, without DeepSpeed's optimizer states: "
-            "convert a checkpoint of a run"
+            f"{checkpoint} holds weights alone, without an optimizer's state: convert a checkpoint "
+            "of a run"
         )
-    moe = model.moe
-    if moe is None or not moe.has_universal_checkpoints or not model.routed_layers:
-        kind = "a dense model"
-        if moe is not None and not moe.has_universal_checkpoints:
-            kind = f"model.moe.kind={moe.kind}"
+    recipe = read_recipe(checkpoint)
+    moe = recipe.model.moe
+    if moe is not None and recipe.model.routed_layers and not moe.has_universal_checkpoints:
         raise ConfigError(
-            f"{kind} has no universal checkpoints, because DeepSpeed saves what its converter "
-            "needs with dropless experts only: convert with --to safetensors"
+            f"model.moe.kind={moe.kind} has no universal checkpoints, because DeepSpeed finds no "
+            "expert of it by a number that holds on all ranks: convert with --to safetensors, or "
+            "resume the run at any topology here"
         )
     if not recipe.optimizer.has_universal_checkpoints:
         raise ConfigError(
             f"optimizer.kind={recipe.optimizer.kind} has no universal checkpoints, because "
-            "DeepSpeed's converter knows Adam's two moments only: convert with --to safetensors"
-        )
-    if stage == 0:
-        raise ConfigError(
-            "ZeRO stage 0 keeps whole optimizer states, which DeepSpeed's converter does not read: "
-            "convert with --to safetensors"
+            "DeepSpeed loads Adam's two moments in fp32 only: convert with --to safetensors, or "
+            "resume the run at any topology here"
         )
 
 
 def write_universal(checkpoint: Path, folder: Path) -> tuple[int, int]:
-    """Convert into a folder, with DeepSpeed's converter, and compare every weight bit for bit.
+    """Write ``universal/`` and ``latest_universal`` into a folder, a tensor at a time.
 
-    The folder gets ``universal/`` and ``latest_universal``. Memory and time are the converter's.
-    It unpickles DeepSpeed's files: give it checkpoints whose manifest was verified.
+    Every weight and moment is read back and compared bit for bit.
 
     Returns:
         The number of weights, and the bytes of all files.
 
     Raises:
         ConfigError: see :func:`check_universal`.
-        CheckpointError: if the converter fails, or a weight is missing or differs from the
-            checkpoint's.
+        CheckpointError: if a weight or a state is missing or damaged, or parameters have taken
+            different numbers of steps.
+        OSError: if the disk is full.
     """
-    # Importing it takes seconds.
-    from deepspeed.checkpoint import ds_to_universal
-
     check_universal(checkpoint)
+    recipe, state = read_recipe(checkpoint), read_state(checkpoint)
+    weights = open_whole_weights(checkpoint, recipe.model)
+    experts = tensor_shapes(recipe.model)[1]
+    with torch.device("meta"):
+        parameters = [name for name, _ in DecoderLM(recipe.model).named_parameters()]
+    states = StoredStates(TensorReader(files_of(checkpoint, OPTIMIZER)))
+    step = _step(states, parameters, checkpoint)
     target = folder / UNIVERSAL_TAG
-    options = Namespace(
-        input_folder=str(checkpoint / DEEPSPEED_TAG),
-        output_folder=str(target),
-        # With more workers the converter starts processes, which each import torch.
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
-    # The converter prints its progress; only a failure needs it.
-    output = io.StringIO()
-    try:
-        with redirect_stdout(output), redirect_stderr(output):
-            ds_to_universal.main(options)
-    except (
-        AssertionError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        OSError,
-        EOFError,
-        UnpicklingError,
-    ) as error:
-        logger.error("DeepSpeed's converter printed:\n%s", output.getvalue())
-        raise CheckpointError(
-            f"DeepSpeed's converter fails on {checkpoint}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
+    for name in tqdm(parameters, desc="writing parameters", unit="tensor"):
+        place = target / "zero" / name
+        place.mkdir(parents=True)
+        about = {IS_EXPERT: True, EXPERTS: experts[name][0]} if name in experts else {}
+        weight = weights.read(name)
+        _write_tensor(place / "fp32.pt", weight, about)
+        for key in MOMENTS:
+            # A parameter that was never trained has none: Adam's begin at 0.
+            has_moment = key in states.keys.get(name, ())
+            moment = states.reader.read(f"{name}/{key}") if has_moment else weight.new_zeros(())
+            _write_tensor(place / f"{key}.pt", moment.float().expand(weight.shape), about)
+        torch.save(step, place / "step.pt")
+    # Without options in the groups, those of the engine that loads hold. No engine has more groups
+    # than parameters, and DeepSpeed loads only as many as there are here.
+    groups: list[JsonObject] = [{"params": []} for _ in parameters]
+    of_stage_3 = {"state": {0: {"step": step}}, "param_groups": groups}
+    common = {"ds_version": version("deepspeed"), "param_groups": groups}
+    torch.save(common | {"optimizer_state_dict": of_stage_3}, target / "zero/optimizer_state.pt")
+    content = _model_state(recipe, state, weights, parameters)
+    for file in MODEL_FILES:
+        torch.save(content, target / file)
     (folder / UNIVERSAL_LATEST).write_text(UNIVERSAL_TAG, encoding="utf-8")
-    count = _compare(checkpoint, target / "zero")
-    return count, sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return len(parameters), size
+
+
+def _step(states: StoredStates, parameters: list[str], checkpoint: Path) -> Tensor | int:
+    """Return the number of Adam's steps, as the optimizer keeps it."""
+    steps = {
+        name: states.reader.read(f"{name}/step")
+        for name in parameters
+        if "step" in states.keys.get(name, ())
+    }
+    if not steps:
+        return torch.tensor(0.0)
+    least, most = min(steps, key=lambda name: steps[name]), max(steps, key=lambda name: steps[name])
+    if steps[least] != steps[most]:
+        raise ConfigError(
+            f"{checkpoint} has no universal form: '{least}' has taken {int(steps[least])} steps and "
+            f"'{most}' {int(steps[most])}, and DeepSpeed loads one number for all: convert with "
+            "--to safetensors, or resume the run at any topology here"
+        )
+    step = steps[most]
+    # An int64 stands for a Python number.
+    return int(step) if step.dtype == torch.int64 else step
+
+
+def _write_tensor(path: Path, tensor: Tensor, about: dict[str, Any]) -> None:
+    tensor = tensor.contiguous()
+    torch.save({PARAM: tensor, **about}, path)
+    if not torch.equal(load_pickled(path)[PARAM], tensor):
+        raise CheckpointError(
+            f"'{path.parent.name}' did not read back as it was written: nothing was published, "
+            "check the disk"
+        )
+
+
+def _model_state(
+    recipe: Recipe, state: CheckpointState, weights: TensorReader, parameters: list[str]
+) -> JsonObject:
+    """Return what DeepSpeed reads of a model in addition to its parameters."""
+    counts = state["engine"]
+    model = recipe.model
+    experts = 0 if model.moe is None else model.total_experts
+    return {
+        "module": {name: weights.read(name) for name in weights.names if name not in parameters},
+        "param_shapes": [{name: torch.Size(weights.form(name).shape) for name in parameters}],
+        "num_experts": [experts] * len(model.routed_layers),
+        UNIVERSAL_INFO: {
+            "universal_checkpoint_version": FORMAT_VERSION,
+            "expert_parameter_patterns": [r".*\.experts\.w[123]$"],
+        },
+        "global_steps": counts["steps"],
+        "global_samples": counts["samples"],
+        "skipped_steps": counts["skipped"],
+        "loss_scale": counts["loss_scale"],
+        "lr_scheduler": None,
+        "optimizer": None,
+        "dp_world_size": state.get("world_size", 1),
+        # There are no tensor-parallel ranks.
+        "mp_world_size": 1,
+        "ds_version": version("deepspeed"),
+    }
 
 
 def load_universal(engine: DeepSpeedEngine, folder: Path) -> None:
     """Load what :func:`write_universal` made into an engine of any world size and ``ep_size``.
 
-    The engine's ds_config must have ``"checkpoint": {"load_universal": true}``. Every rank must
-    call it. It unpickles: load only what you made.
+    DeepSpeed alone leaves out buffers, such as balancing biases, and the scale of fp16, and at
+    ZeRO 3 makes one tensor the step of all parameters, which each of them then counts up.
+
+    Args:
+        engine: of ZeRO 1 to 3; its ds_config has ``"checkpoint": {"load_universal": true}``. Every
+            rank must call it.
 
     Raises:
         CheckpointError: if ``folder`` is not a universal checkpoint.
@@ -135,60 +204,15 @@ def load_universal(engine: DeepSpeedEngine, folder: Path) -> None:
             f"{folder} is no universal checkpoint: give a folder that "
             "tools/convert_checkpoint.py --to universal has written"
         )
-    groups = engine.optimizer.optimizer.param_groups
-    options = group_options(groups)
     engine.load_checkpoint(str(folder), tag=UNIVERSAL_TAG, load_lr_scheduler_states=False)
-    # At ZeRO 3 DeepSpeed gives every group the options of the first one ...
-    restore_group_options(groups, options)
-    # ... and all weights one tensor as Adam's step, which each of them would then count up.
     for state in engine.optimizer.optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
+        if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
-    _load_buffers(engine.module, folder / UNIVERSAL_TAG)
-
-
-def _load_buffers(model: nn.Module, universal: Path) -> None:
-    """Load buffers, such as balancing biases, which DeepSpeed's loading leaves as they are.
-
-    They are in the file that each of the saving ranks wrote of its model.
-    """
-    path = min(universal.glob("*model_states.pt"))
-    # Not weights_only: DeepSpeed's files hold instances of its classes.
-    stored = torch.load(path, weights_only=False, map_location="cpu")["module"]
+    content = load_pickled(folder / UNIVERSAL_TAG / MODEL_FILES[0])
+    buffers = dict(engine.module.named_buffers())
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in stored:
-                buffer.copy_(stored[name])
-
-
-def _zero_stage(checkpoint: Path) -> int | None:
-    path = checkpoint / DS_CONFIG
-    if not path.is_file():
-        return None
-    ds_config = json.loads(path.read_text(encoding="utf-8"))
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
-
-
-def _compare(checkpoint: Path, zero: Path) -> int:
-    """Compare every weight bit for bit, and return how many there are."""
-    weights = open_weights(checkpoint)
-    count = 0
-    for name in tqdm(weights.names, desc="comparing weights", unit="tensor"):
-        if name.endswith("balance_bias"):  # a buffer: it is in DeepSpeed's model file
-            continue
-        path = zero / name / "fp32.pt"
-        if not path.is_file():
-            raise CheckpointError(f"DeepSpeed's converter left '{name}' out: nothing was published")
-        # Not weights_only: DeepSpeed has just written it, with instances of its classes.
-        content = torch.load(path, weights_only=False, map_location="cpu")
-        # The file of a weight is a tensor or, with its concatenation dimension, a dictionary.
-        found = content["param"] if isinstance(content, dict) else content
-        expected = weights.read(name)
-        if found.numel() != expected.numel() or not torch.equal(
-            found.reshape(expected.shape).float(), expected
-        ):
-            raise CheckpointError(
-                f"DeepSpeed's converter changed the values of '{name}': nothing was published"
-            )
-        count += 1
-    return count
+        for name, values in content["module"].items():
+            buffers[name].copy_(values)
+    for name, count in content["loss_scale"].items():
+        if hasattr(engine.optimizer.loss_scaler, name):
+            setattr(engine.optimizer.loss_scaler, name, count)

@@ -201,8 +201,8 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
     """Writes DeepSpeed's universal format, which includes the states of the optimizer.
 
     Raises:
-        ConfigError: if DeepSpeed cannot convert such a checkpoint, or ``output`` is taken.
-        CheckpointError: if its converter fails or changes a weight; ``output`` is then left as
+        ConfigError: if DeepSpeed cannot load such a checkpoint, or ``output`` is taken.
+        CheckpointError: if a weight or a state is missing or damaged; ``output`` is then left as
             it was.
     """
     check_universal(checkpoint)

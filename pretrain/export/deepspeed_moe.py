@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ class PickledTensors:
         Raises:
             CheckpointError: for a tensor that another file has too.
         """
-        for name, tensor in _tensors(path, section).items():
+        for name, tensor in tensors_of(path, section).items():
             if name in self._forms:
                 raise CheckpointError(
                     f"the tensor '{name}' is both in {self._places[name][0].name} and in"
@@ -88,7 +88,7 @@ class PickledTensors:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor, or one of its slices along the first dimension."""
-        tensor = _tensors(*self._places[name])[name]
+        tensor = tensors_of(*self._places[name])[name]
         # A copy: a view would keep the whole file in memory.
         return tensor.clone() if index is None else tensor[index].clone()
 
@@ -110,12 +110,12 @@ def import_deepspeed(
         CheckpointError: for a missing, superfluous, doubled or damaged file, by name, and for
             pickles that do more than hold tensors.
     """
-    folder = _tag_folder(source)
+    folder = tag_folder(source)
     tensors = PickledTensors()
-    main = _model_file(folder)
+    main = model_file(folder)
     counts = load_pickled(main).get("num_experts")
     tensors.add(main, "module")
-    for path in _expert_files(folder, _checked_counts(main, counts)):
+    for path in expert_files(folder, checked_counts(main, counts)):
         tensors.add(path, None)
     links = _links(tensors)
     check_names(links, tensors)
@@ -151,7 +151,12 @@ def _links(tensors: PickledTensors) -> Links:
     return links
 
 
-def _tag_folder(source: Path) -> Path:
+def tag_folder(source: Path) -> Path:
+    """The folder of the files: ``source``, or what ``latest`` in it names.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     latest = source / "latest"
     folder = source
     if os.path.lexists(latest):
@@ -166,8 +171,12 @@ def _tag_folder(source: Path) -> Path:
     return folder
 
 
-def _checked_counts(main: Path, counts: object) -> list[int]:
-    """The number of experts of each MoE layer; empty if the file does not have it."""
+def checked_counts(main: Path, counts: object) -> list[int]:
+    """The number of experts of each MoE layer; empty if the file does not have it.
+
+    Raises:
+        CheckpointError: if these are no such numbers.
+    """
     if not isinstance(counts, list):
         return []
     # bool is an int in Python.
@@ -178,7 +187,13 @@ def _checked_counts(main: Path, counts: object) -> list[int]:
     return counts
 
 
-def _model_file(folder: Path) -> Path:
+def model_file(folder: Path) -> Path:
+    """The file of the dense weights.
+
+    Raises:
+        ConfigError: if there are several, or those of ZeRO 3.
+        CheckpointError: if there is none.
+    """
     found = sorted(path for path in folder.iterdir() if MODEL_FILE.match(path.name))
     # ZeRO 3 writes a part of each weight per rank, under these names.
     if list(folder.glob("*zero_pp_rank_*_model_states.pt")):
@@ -199,7 +214,7 @@ def _model_file(folder: Path) -> Path:
     return found[0]
 
 
-def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
+def expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
     """The files of all experts: each layer's from 0 on, none missing.
 
     Args:
@@ -255,8 +270,19 @@ def _expert_files(folder: Path, counts: list[int]) -> Iterator[Path]:
     yield from (files[key] for key in sorted(files))
 
 
-def _tensors(path: Path, section: str | None) -> dict[str, Tensor]:
-    content = load_pickled(path)
+def tensors_of(
+    path: Path, section: str | None, stand_ins: Mapping[str, type] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file, which stay in it until they are read.
+
+    Args:
+        section: the key that they are under; None if they are at the top.
+        stand_ins: see :func:`load_pickled`.
+
+    Raises:
+        CheckpointError: if the file is damaged or another one.
+    """
+    content = load_pickled(path, stand_ins)
     tensors = content if section is None else content.get(section)
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path} has no '{section}': it is no model file of DeepSpeed's")

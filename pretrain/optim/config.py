@@ -24,8 +24,7 @@ class Optimizer(Component):
         needs_whole_matrices: its update of a matrix differs from that of the matrix' parts.
         scales_with_width: muP has learning rates for it: as in Adam, its step does not grow with
             the gradient, and every element moves about equally far.
-        has_universal_checkpoints: DeepSpeed's converter knows its state, which is Adam's two
-            moments.
+        has_universal_checkpoints: its state is Adam's two moments in fp32, which DeepSpeed loads.
     """
 
     needs_whole_matrices: ClassVar[bool] = False

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from pretrain.checkpoint.layout import DEEPSPEED_TAG, DS_CONFIG, RECIPE
-from pretrain.checkpoint.universal import UNIVERSAL_LATEST, UNIVERSAL_TAG, load_universal
-from pretrain.checkpoint.weights import load_state_dict
+from pretrain.checkpoint.layout import RECIPE
+from pretrain.checkpoint.tensor_files import TensorReader
+from pretrain.checkpoint.universal import (
+    MODEL_FILES,
+    UNIVERSAL_LATEST,
+    UNIVERSAL_TAG,
+    load_universal,
+)
+from pretrain.checkpoint.weights import OPTIMIZER, files_of, load_state_dict
 from pretrain.config.load import recipe_to_yaml
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.convert import export_universal
@@ -23,7 +29,6 @@ KINDS = {
     "peer": ["model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}"],
     "muon": ["optimizer.kind=muon"],
     "adamw_8bit": ["optimizer.kind=adamw_8bit"],
-    "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48"],
 }
 
 
@@ -49,63 +54,65 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_weight_and_its_optimizer_states_are_there(checkpoint: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
     conversion = export_universal(checkpoint, tmp_path / "out", overwrite=False)
-    weights = {
-        name: tensor
-        for name, tensor in load_state_dict(checkpoint).items()
-        if not name.endswith("balance_bias")
-    }
-    assert conversion.tensors == len(weights) and conversion.step == 3
+    weights = load_state_dict(checkpoint)
+    buffers = {name for name in weights if name.endswith("balance_bias")}
+    assert conversion.tensors == len(weights) - len(buffers) and conversion.step == 3
     assert (tmp_path / "out" / UNIVERSAL_LATEST).read_text() == UNIVERSAL_TAG and (
         tmp_path / "out" / RECIPE
     ).is_file()
-    zero = tmp_path / "out" / UNIVERSAL_TAG / "zero"
-    for name, weight in weights.items():
-        content = torch.load(zero / name / "fp32.pt", weights_only=False)
-        found = content["param"] if isinstance(content, dict) else content
-        assert torch.equal(found.reshape(weight.shape), weight)
-        assert (zero / name / "exp_avg.pt").is_file() and (zero / name / "exp_avg_sq.pt").is_file()
+    universal = tmp_path / "out" / UNIVERSAL_TAG
+    states = TensorReader(files_of(checkpoint, OPTIMIZER))
+    for name in weights.keys() - buffers:
+        expected = {"fp32": weights[name]} | {
+            key: states.read(f"{name}/{key}") for key in ("exp_avg", "exp_avg_sq")
+        }
+        for key, tensor in expected.items():
+            content = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=True)
+            assert torch.equal(content["param"], tensor), (name, key)
+            is_expert = ".experts.w" in name
+            assert content.get("is_expert_param", False) == is_expert
+            assert content.get("ep_num_experts") == (len(tensor) if is_expert else None)
+    for file in MODEL_FILES:
+        content = torch.load(universal / file, weights_only=True)
+        assert content["global_steps"] == 3
+        assert content["module"].keys() == buffers
+        assert all(torch.equal(content["module"][name], weights[name]) for name in buffers)
     assert {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")} == before
 
 
-def test_a_weight_that_differs_from_the_checkpoint_is_noticed(
-    checkpoint: Path, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
-    """DeepSpeed's files of one checkpoint beside the weights of another."""
+def test_a_damaged_optimizer_file_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "step_3")
-    other = tmp_path / "other"
-    random_checkpoint(other, recipe_of("debug"), tokenizer)
-    for path in other.glob("weights-*"):
-        shutil.copyfile(path, tmp_path / "step_3" / path.name)
-    with pytest.raises(CheckpointError, match="nothing was published"):
-        export_universal(tmp_path / "step_3", tmp_path / "out", overwrite=False)
-    assert not (tmp_path / "out").exists()
-
-
-def test_damaged_files_of_deepspeed_are_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copytree(checkpoint, tmp_path / "step_3")
-    for path in (tmp_path / "step_3" / DEEPSPEED_TAG).glob("*optim_states.pt"):
+    for path in files_of(tmp_path / "step_3", OPTIMIZER):
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="DeepSpeed's converter fails"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         export_universal(tmp_path / "step_3", tmp_path / "out", overwrite=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_deepspeeds_converter_cannot_do_is_refused_before_it_starts(
+def test_parameters_with_different_numbers_of_steps_are_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "step_3")
+    (path,) = files_of(tmp_path / "step_3", OPTIMIZER)
+    tensors = load_file(path)
+    tensors["head.weight/step"] -= 1
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match="'head.weight' has taken 2 steps and .* 3"):
+        export_universal(tmp_path / "step_3", tmp_path / "out", overwrite=False)
+
+
+def test_what_deepspeed_cannot_load_is_refused_before_anything_is_written(
     checkpoint: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    shutil.copytree(checkpoint, tmp_path / "stage_0")
-    (tmp_path / "stage_0" / DS_CONFIG).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     for name, overrides in KINDS.items():
         shutil.copytree(checkpoint, tmp_path / name)
         (tmp_path / name / RECIPE).write_text(recipe_to_yaml(recipe_of("debug", *overrides)))
     random_checkpoint(tmp_path / "alone", recipe_of("debug"), tokenizer)
     refusals = {
-        "stage_0": "ZeRO stage 0",
         "native": "model.moe.kind=deepspeed has no universal",
         "peer": "model.moe.kind=peer has no universal",
         "muon": "optimizer.kind=muon has no universal",
         "adamw_8bit": "optimizer.kind=adamw_8bit has no universal",
-        "dense": "a dense model has no universal",
         "alone": "weights alone",
     }
     for name, words in refusals.items():

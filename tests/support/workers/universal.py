@@ -26,22 +26,30 @@ SIZES = [
     "model.moe={kind: dropless, num_experts: 4, top_k: 2, moe_intermediate_size: 32, bias_balancing: {update_rate: 0.02}}",
 ]  # fmt: skip
 SAVED_AT, STEPS = 2, 5
-# ZeRO stage and ep_size of what is saved, and of what resumes. Stages 1 and 2 do not load into 3,
-# nor the other way.
-ROUTES = [((1, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 1)), ((3, 2), (3, 1)), ((3, 1), (3, 2))]
+DENSE = ["model.layer_pattern.kind=all_dense", "model.intermediate_size=48"]
+# ZeRO stage and ep_size of what is saved, and of what resumes; ep_size 0 is a dense model.
+ROUTES = [
+    ((0, 2), (1, 1)), ((1, 2), (2, 1)), ((1, 2), (3, 2)), ((2, 1), (1, 2)), ((3, 2), (3, 1)),
+    ((3, 2), (2, 2)), ((0, 0), (2, 0)),
+]  # fmt: skip
+# That DeepSpeed alone loads.
+INCOMPLETE = [ROUTES[0], ROUTES[4]]
 
 
 def engine_of(zero: int, ep_size: int, *, universal: bool) -> tuple[Engine, dict[str, Any]]:
-    recipe = load_recipe("debug", [*SIZES, f"parallel.ep_size={ep_size}"])
+    kind = [f"parallel.ep_size={ep_size}"] if ep_size else DENSE
+    recipe = load_recipe("debug", [*SIZES, *kind])
     return make_engine(recipe, zero, {"checkpoint": {"load_universal": True}} if universal else {})
 
 
 def losses(engine: Engine, first: int, last: int) -> list[list[float]]:
     """Cross-entropy, whole loss and gradient norm of each step."""
     topology = engine.topology
+    balancing = getattr(engine.recipe.model.moe, "bias_balancing", None)
+    rate = 0.0 if balancing is None else balancing.update_rate
     steps = [
         engine.train_step(
-            synthetic_step(engine.recipe, step, topology.rank, topology.world_size), 1.0, 0.02
+            synthetic_step(engine.recipe, step, topology.rank, topology.world_size), 1.0, rate
         )
         for step in range(first, last)
     ]
@@ -57,8 +65,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     uninterrupted: dict[tuple[int, int], list[list[float]]] = {}
     for before, after, complete in [
         *((*route, True) for route in ROUTES),
-        (*ROUTES[0], False),
-        (*ROUTES[-1], False),
+        *((*route, False) for route in INCOMPLETE),
     ]:
         universal = folder / f"universal_{before[0]}_{before[1]}"
         if before not in uninterrupted:

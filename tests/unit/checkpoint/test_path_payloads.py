@@ -12,7 +12,7 @@ from pretrain.checkpoint import layout
 from pretrain.checkpoint.saved_state import SavedProgress
 from pretrain.core.errors import BAD_CHECKPOINT, CheckpointError, PipelineError
 from pretrain.evaluation.checkpoint import whole_checkpoint
-from pretrain.export.deepspeed_moe import _tag_folder
+from pretrain.export.deepspeed_moe import tag_folder
 from pretrain.export.writer import INDEX, weight_files
 from pretrain.guards.progress import Progress
 from tests.support.path_payloads import (
@@ -150,7 +150,7 @@ def test_a_tag_of_deepspeed_is_a_folder_beside_it(tag: bytes, tmp_path: Path) ->
     source.mkdir()
     (source / "latest").write_bytes(tag)
     with pytest.raises(CheckpointError):
-        _tag_folder(source)
+        tag_folder(source)
 
 
 def test_a_tag_may_be_neither_a_pipe_nor_a_link(tmp_path: Path) -> None:
@@ -160,11 +160,11 @@ def test_a_tag_may_be_neither_a_pipe_nor_a_link(tmp_path: Path) -> None:
     (source / "tag").symlink_to(tmp_path / "elsewhere")
     (source / "latest").write_text("tag")
     with pytest.raises(CheckpointError, match="names no folder beside it"):
-        _tag_folder(source)
+        tag_folder(source)
     (source / "latest").unlink()
     os.mkfifo(source / "latest")
     with pytest.raises(CheckpointError, match="names no folder beside it"):
-        _tag_folder(source)
+        tag_folder(source)
 
 
 def test_every_field_of_the_progress_has_a_type_that_is_checked() -> None:

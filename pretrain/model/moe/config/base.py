@@ -65,7 +65,7 @@ class MoE(Component):
         has_tables: whether experts are rows of fp32 tables, trained apart from DeepSpeed's engine.
         forms_expert_outputs: whether the output of one expert exists as a tensor, for its dropout.
         scales_with_width: whether muP has learning rates for it.
-        has_universal_checkpoints: whether DeepSpeed saves what its converter needs of such a layer.
+        has_universal_checkpoints: whether DeepSpeed loads such a layer at another ep_size.
     """
 
     tensor_roles: ClassVar[Mapping[str, Role]]
