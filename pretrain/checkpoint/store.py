@@ -129,7 +129,7 @@ class CheckpointStore:
             pointers: steps by the pointer that names them; these checkpoints are kept in addition
                 to the newest ``checkpoint.keep_last``.
             rank_state: of this rank.
-            background: return as soon as the state is copied, and write it while training continues.
+            background: return once the state is copied, and write it while training continues.
 
         Raises:
             StorageError: if space does not suffice or writing fails, this time or in the background
@@ -259,15 +259,16 @@ class CheckpointStore:
 
     def _write_files(self, folder: Path, content: Content) -> dict[str, layout.FileEntry]:
         """Write and sync this rank's files, and return what the manifest says of them."""
-        rank, ranks = self._ranks.rank, self._ranks.world_size
-        files = {}
-        for kind, tensors in ((WEIGHTS, content.weights), (OPTIMIZER, content.optimizer)):
-            faults.reached(f"save.write_{kind}")
-            name = file_of(kind, rank, ranks)
-            files[name] = write_tensors(folder / name, tensors)
+        weights, optimizer, own = (
+            file_of(kind, self._ranks.rank, self._ranks.world_size)
+            for kind in (WEIGHTS, OPTIMIZER, RANK)
+        )
+        faults.reached("save.write_weights")
+        files = {weights: write_tensors(folder / weights, content.weights)}
+        faults.reached("save.write_optimizer")
+        files[optimizer] = write_tensors(folder / optimizer, content.optimizer)
         faults.reached("save.write_rank")
-        name = file_of(RANK, rank, ranks)
-        files[name] = write_rank_file(folder / name, content.rank_state)
+        files[own] = write_rank_file(folder / own, content.rank_state)
         if not self._ranks.is_main:
             return files
         faults.reached("save.write_shared")

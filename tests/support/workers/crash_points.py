@@ -1,7 +1,7 @@
 """A save that ends at each of its events, in forks of one process with an engine.
 
-A case has "name", "folder", "fault" (as in FAULT) and "background". The parent has saved step 1; the
-child saves step 2 and meets the fault.
+A case has "name", "folder", "fault" (as in FAULT) and "background". The parent has saved step 1;
+the child saves step 2 and meets the fault.
 """
 
 from __future__ import annotations
