@@ -12,8 +12,8 @@ import pretrain.train
 from pretrain.config.load import load_recipe
 from pretrain.core.errors import ConfigError
 from pretrain.engine.ds_config import resolve_ds_config
+from tests.support.ds_config_mutations import mutations
 from tests.support.tiny_run import Tiny, curve, make_tiny, own_process
-from tests.unit.engine.test_ds_config_keys import mutations
 
 SAMPLE = 10
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +27,7 @@ from pretrain.engine.ds_config_keys import (
     DsConfig,
 )
 from pretrain.engine.ds_config_rules import check_with_deepspeed
+from tests.support.ds_config_mutations import mutations
 from tests.support.paths import DS_CONFIGS
 
 # Read through another name than the dictionary's, when the ranks are connected.
@@ -349,40 +348,6 @@ def test_tables_name_keys_that_exist() -> None:
 def test_deepspeed_s_own_refusal_is_a_sentence() -> None:
     with pytest.raises(ConfigError, match=r"^my.json: DeepSpeed refuses it: "):
         check_with_deepspeed({"train_batch_size": 2, "fp16": {"enabled": 3}}, "my.json", 2)
-
-
-VALUES: list[Any] = [
-    None, True, False, 0, 1, 2, 3, -1, 1.5, 2**70, 1e400, float("nan"), "", "auto", "two", "cpu",
-    "1", [], [1], ["a"], {}, {"enabled": True}, {"a": {"b": {}}},
-]  # fmt: skip
-
-
-def mutated(source: random.Random, base: dict[str, Any]) -> dict[str, Any]:
-    """A ds_config with one to three typing errors, wrong values or misplaced keys."""
-    ds_config = copy.deepcopy(base)
-    for _ in range(source.randint(1, 3)):
-        path = source.choice(key_paths()).split(".")
-        section = ds_config
-        for key in path[:-1]:
-            below = section.get(key)
-            section[key] = below = below if isinstance(below, dict) else {}
-            section = below
-        key = path[-1]
-        kind = source.randrange(3)
-        if kind == 0:
-            at = source.randrange(len(key))
-            key = key[:at] + source.choice(["", "x", key[at] * 2]) + key[at + 1 :]
-        if kind == 1:
-            section = ds_config
-        section[key] = source.choice(VALUES)
-    return ds_config
-
-
-def mutations(number: int) -> Iterator[dict[str, Any]]:
-    source = random.Random(number)
-    bases = [read_ds_config(str(path)) for path in sorted(DS_CONFIGS.glob("*.json"))]
-    for _ in range(number):
-        yield mutated(source, source.choice(bases))
 
 
 def test_random_mutations_are_accepted_or_refused_in_a_sentence(recipe: Recipe) -> None:
