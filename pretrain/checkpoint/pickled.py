@@ -73,7 +73,7 @@ def load_pickled(path: Path, stand_ins: Mapping[str, type] | None = None) -> Jso
         _check_archive(path) if is_archive else _check_old_file(path)
         # weights_only: a pickle may call any function. Files from before torch 1.6 are no archives,
         # and cannot be mapped.
-        allowed = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
+        allowed: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
