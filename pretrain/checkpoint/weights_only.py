@@ -27,6 +27,8 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 
 Shapes = dict[str, tuple[int, ...]]
+# By the model's section of a recipe, in JSON.
+_known_shapes: dict[str, tuple[Shapes, Shapes]] = {}
 
 
 def tensor_shapes(model: ModelConfig) -> tuple[Shapes, Shapes]:
@@ -35,6 +37,9 @@ def tensor_shapes(model: ModelConfig) -> tuple[Shapes, Shapes]:
     First the dense tensors, then those of all routed experts. A tied head is not among them; the
     vocabulary is padded.
     """
+    key = model.model_dump_json()
+    if key in _known_shapes:
+        return _known_shapes[key]
     # On the meta device a model of any size takes no memory.
     with torch.device("meta"):
         built = DecoderLM(model)
@@ -48,7 +53,9 @@ def tensor_shapes(model: ModelConfig) -> tuple[Shapes, Shapes]:
     experts: Shapes = {}
     for name, parameter in parameters.items():
         (experts if is_expert(parameter) else dense)[name] = tuple(parameter.shape)
-    return dense | buffers, experts
+    # Each save asks: a model of hundreds of experts in each layer takes seconds to build.
+    _known_shapes[key] = dense | buffers, experts
+    return _known_shapes[key]
 
 
 def write_weights_folder(
