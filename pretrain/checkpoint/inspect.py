@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pretrain.checkpoint.experts import moe_prefixes, read_experts, router_names, weight_similarity
 from pretrain.checkpoint.layout import MANIFEST, read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
+from pretrain.config.differences import dotted_fields
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject, file_sha256
@@ -229,7 +230,9 @@ def compare_checkpoints(first: Path, second: Path, order: Order = "absolute") ->
             tensor["name"],
         )
     )
-    one, other = (_flat(read_recipe(folder).model_dump(mode="json")) for folder in (first, second))
+    one, other = (
+        dotted_fields(read_recipe(folder).model_dump(mode="json")) for folder in (first, second)
+    )
     fields = sorted(one.keys() | other.keys())
     return {
         "checkpoint": str(first),
@@ -270,14 +273,3 @@ def _difference(name: str, a: Tensor, b: Tensor) -> TensorDifference:
         "relative": float(relative.max()),
         "cosine": cosine,
     }
-
-
-def _flat(section: JsonObject, prefix: str = "") -> JsonObject:
-    """Return the values of nested sections by their dotted names."""
-    found: JsonObject = {}
-    for key, value in section.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

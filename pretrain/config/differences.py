@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
+from pretrain.core.files import JsonObject
 from pretrain.core.section import Effect, Section
 from pretrain.model.config import ModelConfig
 
@@ -109,3 +110,14 @@ def _with_field(section: SectionT, source: Section, names: list[str]) -> Section
     if below:
         value = _with_field(getattr(section, name), value, below)
     return section.model_copy(update={name: value})
+
+
+def dotted_fields(section: JsonObject, prefix: str = "") -> JsonObject:
+    """Return the values of nested sections by their dotted names."""
+    found: JsonObject = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            found |= dotted_fields(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -11,7 +11,7 @@ from pretrain.checkpoint.state import CheckpointState, Fingerprint
 from pretrain.checkpoint.tokenizer_files import origin_of, read_side_files
 from pretrain.config.recipe import Recipe
 from pretrain.run.build import ResolvedRun
-from pretrain.run.same_run import check_branch, check_same_run, topology_changes
+from pretrain.run.same_run import changes, check_branch, check_same_run
 from pretrain.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def resume_if_possible(trainer: Trainer, resolved: ResolvedRun) -> Path | None:
 def _announce_changes(
     recipe: Recipe, saved: Recipe, fingerprint: Fingerprint, state: CheckpointState, prints: bool
 ) -> None:
-    """Say in one line what of the topology is no longer what the checkpoint was saved with."""
-    if prints and (changes := topology_changes(recipe, saved, fingerprint, state)):
-        line = f"resumed at step {state['step']} with {changes}"
+    """Say in one line what is no longer what the checkpoint was saved with."""
+    if prints and (found := changes(recipe, saved, fingerprint, state)):
+        line = f"resumed at step {state['step']} with {found}"
         logger.info("%s", line)
         print(line, file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pretrain.checkpoint.state import CheckpointState, Fingerprint
+from pretrain.config.differences import dotted_fields
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Phase, Timeline
 from pretrain.core.errors import ConfigError
@@ -34,6 +35,8 @@ CHANGED_BY_PHASES = (
 )
 # ... and what they add to it.
 PHASE_FIELDS = ("schedule", "frozen")
+# Where a run is and how it began say nothing of how it continues.
+NO_CHANGES = ("name", "run_path", "branch_from", "initial_weights", "initial_weights_partial")
 WAYS_OUT = f"{OTHER_FOLDER}, or start over with --fresh --overwrite"
 
 
@@ -111,23 +114,22 @@ def fingerprint_difference(now: Fingerprint, saved: CheckpointState) -> str | No
     return None
 
 
-def topology_changes(
-    now: Recipe, saved: Recipe, fingerprint: Fingerprint, state: CheckpointState
-) -> str:
-    """Return what of the topology a resume changes, in words; empty if nothing.
+def changes(now: Recipe, saved: Recipe, fingerprint: Fingerprint, state: CheckpointState) -> str:
+    """Return what a resume does otherwise than the checkpoint's run, in words; empty if nothing.
 
     The state of a checkpoint is that of the whole model, so any topology can continue it.
     """
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "world size": (state.get("world_size"), fingerprint["world_size"]),
-        "ep_size": (state.get("ep_size"), fingerprint["ep_size"]),
         "ZeRO stage": (state.get("zero_stage"), fingerprint["zero_stage"]),
-        "micro batch size": (saved.train.micro_batch_size, now.train.micro_batch_size),
-        "precision": (saved.train.precision, now.train.precision),
     }
-    return ", ".join(
-        f"{what} {before} -> {after}" for what, (before, after) in pairs.items() if before != after
-    )
+    before, after = (dotted_fields(recipe.model_dump(mode="json")) for recipe in (saved, now))
+    pairs |= {
+        field: (before.get(field), after.get(field))
+        for field in (before | after)
+        if field not in NO_CHANGES
+    }
+    return ", ".join(f"{what} {old} -> {new}" for what, (old, new) in pairs.items() if old != new)
 
 
 def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
