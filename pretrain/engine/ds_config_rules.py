@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
+from torch import distributed
 
 from pretrain.config.recipe import Recipe
 from pretrain.core.errors import ConfigError
@@ -118,10 +119,11 @@ def check_with_deepspeed(resolved: JsonObject, origin: str, world_size: int) -> 
     Raises:
         ConfigError: with DeepSpeed's reason, if it refuses it.
     """
-    # The ranks are not connected yet: DeepSpeed takes itself for the only one.
-    alone = resolved | {"train_batch_size": resolved["train_batch_size"] // world_size}
+    # DeepSpeed counts the ranks that are connected: itself alone before a training connects them.
+    connected = distributed.get_world_size() if distributed.is_initialized() else 1
+    batch_size = resolved["train_batch_size"] // world_size * connected
     try:
-        DeepSpeedConfig(alone)
+        DeepSpeedConfig(resolved | {"train_batch_size": batch_size})
     # Each section of DeepSpeed raises its own kind of error.
     except Exception as error:
         raise ConfigError(f"{origin}: DeepSpeed refuses it: {_reason(error)}") from None
