@@ -25,6 +25,7 @@ from pretrain.engine.topology import (
     rely_on_watchdog,
     starts_as_first_rank,
 )
+from pretrain.engine.workarounds.group_timeouts import wait_long_in_all_groups
 from pretrain.run import build
 from pretrain.run.arguments import parse_arguments
 from pretrain.run.dry_run import plan_run
@@ -54,12 +55,14 @@ def train(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject) ->
             if options.self_test or is_due(resolved.recipe, topology.world_size):
                 self_test(built.engine, resolved.timeline, weights)
             trainer = build.build_trainer(built, stop, data_check)
-            rely_on_watchdog(resolved.recipe.parallel.timeout_seconds)
+            wait_long_in_all_groups()
             continued = resume_if_possible(trainer, resolved)
             log_configuration(resolved.recipe, resolved.ds_config)
         outcome = Outcome(trainer, resolved.recipe, prints=options.json_path != "-")
         outcome.announce()
         open_ledger(trainer, resolved, continued)
+        # Only now: reading a checkpoint may hold Python's lock for seconds.
+        rely_on_watchdog(resolved.recipe.parallel.timeout_seconds)
         # Errors before this line are of the configuration: callbacks have not started yet.
         try:
             finished = outcome.has_ended or trainer.fit()

@@ -104,8 +104,7 @@ def test_a_rank_that_is_alive_but_stuck_is_named_with_its_place(
     tiny: Tiny, tmp_path: Path, rank: int, place: str, where: str
 ) -> None:
     run = tmp_path / "run"
-    step = 3 if place == "callback" else 4
-    pause = {"rank": rank, "place": place, "step": step, "seconds": 10_000}
+    pause = {"rank": rank, "place": place, "finished": 3, "seconds": 10_000}
     for started in start_ranks(tiny, run, 2_000, [pause]):
         found = sentence(started)
         assert f"rank {rank} " in found and f"it is in {where}" in found, found
@@ -120,7 +119,7 @@ def test_pauses_longer_than_the_timeout_are_no_hang(tiny: Tiny, tmp_path: Path) 
     run = tmp_path / "run"
     pauses = [
         {"rank": 0, "place": "packing", "seconds": TIMEOUT + 2},
-        {"rank": 1, "place": "data", "step": 2, "seconds": TIMEOUT + 2},
+        {"rank": 1, "place": "data", "finished": 1, "seconds": TIMEOUT + 2},
         {"rank": 0, "place": "save", "seconds": TIMEOUT + 2},
         *({"rank": rank, "place": "validation", "seconds": 2} for rank in range(2)),
     ]
