@@ -44,6 +44,7 @@ PRELOADED = (
     "rich.progress",
     "torch.utils.tensorboard",
 )
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 LARGEST_REQUEST = 200_000  # bytes; one packet
 
 
@@ -160,7 +161,8 @@ def _server() -> socket.socket:
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # One thread: NumPy starts as many as this says when it is imported.
+        env=os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": str(ROOT)},
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -234,6 +236,8 @@ def become(request: dict[str, Any], streams: Sequence[int]) -> None:
 
 def run_program() -> None:
     """Run ``sys.argv``: a script, or ``-m`` and a module, and its arguments."""
+    # The end of a program deletes all objects: bindings of native code print those that are left.
+    atexit.register(gc.unfreeze)
     if sys.argv[0] == "-m":
         _, module, *arguments = sys.argv
         sys.argv = [module, *arguments]
