@@ -20,6 +20,7 @@ pytestmark = pytest.mark.full
 TIMEOUT = 5
 MARGIN = 5
 STEPS = 160
+STARTED: list[Started] = []
 # Like ssh, for mpirun: options, then the host, then the command.
 REMOTE_SHELL = """\
 #!/usr/bin/env bash
@@ -35,8 +36,23 @@ def hosts() -> Iterator[TwoHosts]:
     yield from make_two_hosts()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left(hosts: TwoHosts) -> Iterator[None]:
+    """What a failed test has left running ends before the hosts are removed."""
+    yield
+    for started in STARTED:
+        for process in started.alive():
+            process.kill()
+
+
 def start(launcher: str, hosts: TwoHosts, tiny: Tiny, run: Path, steps: int) -> list[Started]:
-    """The commands of both hosts; one command for mpirun."""
+    """Start the commands of both hosts; one command for mpirun."""
+    started = started_by(launcher, hosts, tiny, run, steps)
+    STARTED.extend(started)
+    return started
+
+
+def started_by(launcher: str, hosts: TwoHosts, tiny: Tiny, run: Path, steps: int) -> list[Started]:
     folder = run.parent
     settings = (
         "parallel.ep_size=2",
