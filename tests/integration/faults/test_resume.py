@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 
 from data_pipeline.loading.shard_loader import ShardLoader
+from pretrain.checkpoint import engine_state
 from pretrain.checkpoint.layout import read_state, resolve_checkpoint
 from pretrain.core.errors import PREEMPTED
 from pretrain.model.decoder import DecoderLM
@@ -91,12 +91,7 @@ def test_interrupted_in_every_step_and_resumed_the_curve_is_bitwise_the_same(
 
 
 def forget_optimizer(patch: pytest.MonkeyPatch) -> None:
-    load = deepspeed.DeepSpeedEngine.load_checkpoint
-    patch.setattr(
-        deepspeed.DeepSpeedEngine,
-        "load_checkpoint",
-        lambda engine, *given, **named: load(engine, *given, **named, load_optimizer_states=False),
-    )
+    patch.setattr(engine_state, "load_optimizer", lambda *given: None)
 
 
 def read_the_next_step(patch: pytest.MonkeyPatch) -> None:
