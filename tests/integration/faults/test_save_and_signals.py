@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -55,6 +57,8 @@ def test_nohup_is_respected_and_ctrl_c_lets_a_save_finish(tiny: Tiny, tmp_path: 
 def test_a_closed_terminal_lets_the_run_save(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     master, slave = pty.openpty()
+    # The bar shows nothing in a terminal without columns.
+    termios.tcsetwinsize(slave, (24, 120))
     # A session of its own whose terminal this is, as a login has.
     starter = (
         "import fcntl, os, sys, termios\n"
@@ -71,10 +75,11 @@ def test_a_closed_terminal_lets_the_run_save(tiny: Tiny, tmp_path: Path) -> None
     )
     os.close(slave)
     shown = b""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 280
     # Read as a terminal does: its buffer would fill up otherwise. The bar shows losses of steps.
     while shown.count(b"loss=") < 3 and time.monotonic() < deadline:
-        shown += os.read(master, 65536)
+        if select.select([master], [], [], 1.0)[0]:
+            shown += os.read(master, 65536)
     # The kernel now sends SIGHUP, and every later write to the terminal fails.
     os.close(master)
     assert process.wait(timeout=180) == PREEMPTED, shown.decode()
