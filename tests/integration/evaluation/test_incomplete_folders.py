@@ -99,7 +99,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "an index that leaves its folder": (escaping_index, "'../model-0000"),
     "one file and shards": (both_weights, "both"),
     "another vocab_size": (edit(vocab_size=64), "vocab_size|embed_tokens|ids up to"),
-    "a huge vocab_size": (edit(vocab_size=10**11), "embed_tokens"),
+    "a huge vocab_size": (edit(vocab_size=10**11), "embed_tokens|vocab_size"),
     "another hidden_size": (edit(hidden_size=64), "instead of"),
     "a layer less": (edit(num_hidden_layers=1), "model.layers.1."),
     "a layer more": (edit(num_hidden_layers=3), "model.layers.2."),

@@ -54,6 +54,7 @@ def test_nohup_is_respected_and_ctrl_c_lets_a_save_finish(tiny: Tiny, tmp_path: 
     assert not list((run / "checkpoints").glob(".step_*.tmp"))
 
 
+@pytest.mark.full
 def test_a_closed_terminal_lets_the_run_save(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     master, slave = pty.openpty()

@@ -295,15 +295,20 @@ def test_launches_share_cores_and_devices_and_know_nothing_of_a_launcher_above(
         environment["CUDA_VISIBLE_DEVICES"],
     ) == ("4", "5")
     study = new_study([0.01])
-    launcher = str(LAUNCHERS / "deepspeed_launcher.py")
-    assert launcher not in launch_command(study, study.points[0], ["5"])
+    assert not any(map(is_launcher, launch_command(study, study.points[0], ["5"])))
     two = Study(study.output, Design(**(vars(study.design) | {"ranks": 2})), study.points)
-    words = launch_command(two, two.points[0], ["4", "5"])
-    assert words[words.index(launcher) + 1 :][:2] == ["--include", "localhost:4,5"]
-    assert launch_command(two, two.points[0], [])[words.index(launcher) + 1 :][:2] == [
-        "--num_accelerators",
-        "2",
-    ]
+    assert options(launch_command(two, two.points[0], ["4", "5"])) == ["--include", "localhost:4,5"]
+    assert options(launch_command(two, two.points[0], [])) == ["--num_accelerators", "2"]
+
+
+def is_launcher(word: str) -> bool:
+    return Path(word).name == "deepspeed_launcher.py"
+
+
+def options(words: list[str]) -> list[str]:
+    """The first option of the launcher, and its value."""
+    place = next(number for number, word in enumerate(words) if is_launcher(word))
+    return words[place + 1 : place + 3]
 
 
 def test_gpus_are_shared_among_slots() -> None:
