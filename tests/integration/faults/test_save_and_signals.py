@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pretrain.core.errors import PREEMPTED
 from tests.support.tiny_run import SCRIPT, Started, Tiny, wait_for_step
