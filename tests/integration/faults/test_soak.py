@@ -25,6 +25,7 @@ def drill(tiny: Tiny, folder: Path, kills: int, ranks: int) -> dict[str, object]
     return result
 
 
+@pytest.mark.full
 def test_three_kills_leave_no_trace(tiny: Tiny, tmp_path: Path) -> None:
     report = drill(tiny, tmp_path / "soak", kills=3, ranks=1)
     assert report["holds"] and report["kills"]["all"] == 3  # type: ignore[index]
