@@ -23,11 +23,11 @@ def root_logger() -> Iterator[None]:
 
 def test_credentials_in_messages_and_tracebacks_are_redacted(tmp_path: Path) -> None:
     log_to_file(tmp_path, 0)
-    logging.getLogger("a.library").info("opening %s", "https://me:pa55word@host/x")
+    logging.getLogger("some.package").info("opening %s", "https://me:pa55word@host/x")
     try:
         raise ValueError("hf_" + "a" * 34)
     except ValueError:
-        logging.getLogger("a.library").exception("it failed")
+        logging.getLogger("some.package").exception("it failed")
     text = (tmp_path / LOG).read_text()
     assert "https://[redacted]@host/x" in text and "ValueError: [redacted]" in text
     assert "pa55word" not in text and "aaaa" not in text
@@ -37,6 +37,6 @@ def test_a_full_disk_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / LOG).symlink_to("/dev/full")
     log_to_file(tmp_path, 0)
     for _ in range(3):
-        logging.getLogger("a.library").info("something")
+        logging.getLogger("some.package").info("something")
     errors = capsys.readouterr().err
     assert errors == f"warning: cannot write {tmp_path / LOG}: No space left on device\n"
