@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import json
@@ -27,9 +26,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tests.support.paths import ROOT
+from typing import Any, NamedTuple
 
 # What most programs import by the time they compute: importing none of it changes the process, as
 # tests of import effects show.
@@ -79,7 +76,8 @@ class ForkedProgram:
             standard_input.write((given or "").encode())
             standard_input.seek(0)
             files = [standard_input.fileno(), self._output.fileno(), self._errors.fileno(), status]
-            socket.send_fds(_server(), [json.dumps(request).encode()], files)
+            server = _server(environment.get("PYTHONPATH"))
+            socket.send_fds(server, [json.dumps(request).encode()], files)
         os.close(status)
         self._ended = ""
         self.pid = int(self._line())
@@ -152,29 +150,48 @@ def run_python(
     return subprocess.CompletedProcess(arguments, program.wait(), stdout, stderr)
 
 
-@functools.cache
-def _server() -> socket.socket:
-    """The connection to this process's server, which ends with the connection."""
+class _Server(NamedTuple):
+    """A server, which ends with the connection to it."""
+
+    search_path: str | None
+    connection: socket.socket
+    process: subprocess.Popen[bytes]
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.wait()
+
+
+# At most one, of the last program's PYTHONPATH: each holds half a gigabyte.
+_servers: list[_Server] = []
+
+
+def _server(search_path: str | None) -> socket.socket:
+    """The connection to a server whose programs search ``search_path`` (PYTHONPATH) for modules."""
+    if _servers and _servers[0].search_path == search_path:
+        return _servers[0].connection
+    _end_servers()
     own, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # -P: the folder of a script is not searched for modules, as the launchers have it.
-    command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno())]
+    environment = os.environ | dict.fromkeys(THREADS, "1")
+    environment.pop("PYTHONPATH", None)
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
+        # -P: the folder of a script is not searched for modules, as the launchers have it.
+        [sys.executable, "-P", __file__, str(theirs.fileno())],
         # One thread: NumPy starts as many as this says when it is imported.
-        env=os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": str(ROOT)},
+        env=environment | ({} if search_path is None else {"PYTHONPATH": search_path}),
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
     theirs.close()
-
-    def end() -> None:
-        own.close()
-        process.wait()
-
-    atexit.register(end)
+    _servers.append(_Server(search_path, own, process))
     return own
+
+
+@atexit.register
+def _end_servers() -> None:
+    while _servers:
+        _servers.pop().end()
 
 
 def serve(requests: socket.socket) -> None:
@@ -225,8 +242,6 @@ def become(request: dict[str, Any], streams: Sequence[int]) -> None:
     os.environ.update(request["env"])
     if hasattr(time, "tzset"):
         time.tzset()
-    own = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    sys.path[:] = [*own, *(part for part in sys.path if part != str(ROOT))]
     # All forks would draw the same random numbers.
     random.seed()
     sys.modules["numpy"].random.seed()
