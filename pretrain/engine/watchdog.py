@@ -37,6 +37,10 @@ from pretrain.engine.stacks import (
 
 # Other ranks may be about to report the error that ended one of them.
 OWN_ERROR_SECONDS = 10.0
+# In which a process that has reported its error is gone, and its launcher ends the others.
+REPORT_SECONDS = 3.0
+# In the verdict on a rank that ended with an error.
+BY_ERROR = " ended: "
 RUN_AGAIN = "fix what it reports, then run the same command to continue from the last checkpoint"
 VERDICT = "verdict"
 
@@ -160,7 +164,7 @@ class Judge:
             if entry is None or entry.beat.left in ("", "done"):
                 continue
             if entry.since >= patience:
-                return f"{named([rank], self.seen)} ended: {entry.beat.left}"
+                return f"{named([rank], self.seen)}{BY_ERROR}{entry.beat.left}"
         return None
 
     def standstill(self) -> str | None:
@@ -397,6 +401,9 @@ class Watchdog:
             self._wake.set()
             # The others read the verdict from the store in this process.
             time.sleep(2 * self.interval)
+        if BY_ERROR in verdict:
+            # A launcher must see the exit code of the error first, not the 7 of this rank.
+            time.sleep(REPORT_SECONDS)
         own = f"rank {self._rank} ends because "
         if verdict.startswith((f"rank {self._rank} ", f"rank {self._rank}:")):
             own = "this rank ends because the others have given it up: "
