@@ -352,15 +352,7 @@ class Engine:
         normalizer: torch.Tensor | float,
         fractions_LE: torch.Tensor | None = None,
     ) -> TrainOutput:
-        output: TrainOutput = self.deepspeed(
-            batch.input_ids_BS,
-            batch.labels_BS,
-            normalizer,
-            batch.document_ids_BS,
-            fractions_LE,
-            batch.position_ids_BS,
-        )
-        return output
+        return forward(self.deepspeed, batch, normalizer, fractions_LE)
 
     def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:
         """Counted tokens of the global batch / its micro batches: the divisor of each of them."""
@@ -391,3 +383,20 @@ class Engine:
             counts_LE += output.router.counts_LE
         tokens = self.phase_recipe.train.tokens_per_step
         return self.topology.all_reduce_sum(counts_LE) / tokens
+
+
+def forward(
+    model: Callable[..., TrainOutput],
+    batch: Batch,
+    normalizer: torch.Tensor | float,
+    fractions_LE: torch.Tensor | None = None,
+) -> TrainOutput:
+    """The losses of one micro batch, of a model or of DeepSpeed's engine around one."""
+    return model(
+        batch.input_ids_BS,
+        batch.labels_BS,
+        normalizer,
+        batch.document_ids_BS,
+        fractions_LE,
+        batch.position_ids_BS,
+    )

@@ -15,21 +15,11 @@ from pathlib import Path
 import psutil
 
 from pretrain.core.errors import ConfigError
+from pretrain.core.launch import training_environment
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import LAUNCHERS
 from pretrain.engine.topology import free_port
 
-# Inherited from a launcher, they would make a run wait for ranks that do not exist.
-RANK_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "LOCAL_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "SLURM_STEP_ID",
-)
 # In the environment of every process of an attempt: it finds those whose parent is gone, too.
 MARK = "SOAK_ATTEMPT"
 LAUNCHER = "launcher"
@@ -103,17 +93,13 @@ class Attempt:
     def __init__(self, command: Sequence[str], ranks: int, output: Path) -> None:
         self.mark = uuid.uuid4().hex
         self._command = list(command)
-        inherited = {
-            name: value for name, value in os.environ.items() if name not in RANK_VARIABLES
-        }
-        # The deepspeed command is next to this Python, whose environment may not be active.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', '')}"
+        environment = training_environment()
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        inherited.setdefault("OMP_NUM_THREADS", str(threads))
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
         with output.open("ab") as stream:
             self.process = subprocess.Popen(
                 command,
-                env=inherited | {"PATH": path, MARK: self.mark},
+                env=environment | {MARK: self.mark},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

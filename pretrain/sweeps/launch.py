@@ -18,23 +18,12 @@ from pathlib import Path
 from typing import cast
 
 from pretrain.core.errors import ConfigError
+from pretrain.core.launch import training_environment
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import LAUNCHERS
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.study import DS_CONFIG, RunResult, Study
 
-# Set by launchers and batch systems for their own processes. A run of a sweep is not one of them:
-# inherited, they would make it wait for ranks that do not exist.
-RANK_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "LOCAL_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "SLURM_STEP_ID",
-)
 TAIL_BYTES = 1 << 14
 # The sentence that a run ends with; an unfinished progress bar may come before it on the line.
 ERROR = re.compile(r"(?:^|\])error: (.+)$")
@@ -114,9 +103,7 @@ def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[s
 
 def launch_environment(slots: int, ranks: int, devices: Sequence[str]) -> dict[str, str]:
     """The environment of a run: its GPUs, and its share of the cores."""
-    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    # The deepspeed command is next to this Python, whose environment may not be active.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment = training_environment()
     environment.setdefault(
         "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (slots * ranks)))
     )

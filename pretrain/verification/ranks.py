@@ -22,6 +22,7 @@ from pretrain.core.errors import (
     StorageError,
 )
 from pretrain.core.interrupts import not_for_children
+from pretrain.core.launch import training_environment
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import PACKAGE
 from pretrain.engine.topology import free_port
@@ -33,8 +34,6 @@ POLL_SECONDS = 0.1
 # After one rank has failed: the others may report the same, in a better sentence.
 GRACE_SECONDS = 3.0
 ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
-# Of launchers and batch systems: these ranks are not theirs.
-FOREIGN = re.compile(r"^(SLURM_|PMI_|PMIX_|OMPI_|(LOCAL_|CROSS_)?(RANK|SIZE|WORLD_SIZE)$)")
 ERRORS: dict[int, type[PipelineError]] = {
     USAGE: ConfigError,
     BAD_DATA: DataError,
@@ -82,7 +81,7 @@ def _log(folder: Path, rank: int) -> Path:
 
 
 def _environment(rank: int, world_size: int, port: int, on_cpu: bool) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
+    environment = training_environment()
     # The code of this process, also if another checkout is installed.
     path = [str(PACKAGE.parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)

@@ -25,10 +25,10 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import GuardError
 from pretrain.engine.build import ExpertShard, WeightLoader, build_model
-from pretrain.engine.engine import Engine
+from pretrain.engine.engine import Engine, forward
 from pretrain.engine.precision import DTYPES
 from pretrain.engine.step import RouterTotals, add_totals, reduce_steps
-from pretrain.model.decoder import DecoderLM, TrainOutput
+from pretrain.model.decoder import DecoderLM
 from pretrain.model.sizes import model_size
 from pretrain.run.estimate import Hardware, estimate_time
 from pretrain.verification.gradients import engine_expert_norms, model_expert_norms
@@ -206,7 +206,7 @@ def observe_reference(engine: Engine, load_weights: WeightLoader | None) -> Obse
     losses = {"loss": 0.0, "cross-entropy": 0.0}
     router: RouterTotals | None = None
     for batch in batches:
-        output = _forward(model, batch, normalizer, fractions_LE)
+        output = forward(model, batch, normalizer, fractions_LE)
         (output.loss / len(batches)).backward()
         losses["loss"] += output.loss.item() / len(batches)
         losses["cross-entropy"] += output.nll.item() / normalizer / len(batches)
@@ -223,27 +223,13 @@ def observe_reference(engine: Engine, load_weights: WeightLoader | None) -> Obse
     )
 
 
-def _forward(
-    model: DecoderLM, batch: Batch, normalizer: float, fractions_LE: torch.Tensor | None
-) -> TrainOutput:
-    output: TrainOutput = model(
-        batch.input_ids_BS,
-        batch.labels_BS,
-        normalizer,
-        batch.document_ids_BS,
-        fractions_LE,
-        batch.position_ids_BS,
-    )
-    return output
-
-
 @torch.no_grad()
 def _fractions(model: DecoderLM, small: Recipe, batches: list[Batch]) -> torch.Tensor | None:
     """Return choices per token over the whole batch, if the recipe's load balance uses them."""
     routing = small.model.routing
     if routing is None or routing.balance_scope == "micro_batch":
         return None
-    routers = [_forward(model, batch, 1.0, None).router for batch in batches]
+    routers = [forward(model, batch, 1.0, None).router for batch in batches]
     counts = torch.stack([router.counts_LE for router in routers if router is not None])
     return counts.sum(0) / small.train.tokens_per_step
 
