@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pretrain.core.startup import quiet_libraries
+from pretrain.core.startup import quiet_libraries, same_products_at_any_address
 from tests.support.paths import ROOT, TESTS
 
 pytest_plugins = (
@@ -41,6 +41,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # Models here are tiny: more threads would only wait for each other, above all when two workers and
 # the ranks they start share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+same_products_at_any_address()
 quiet_libraries()
 
 

@@ -21,6 +21,7 @@ def prepare() -> None:
     interrupts.install()
     refuse_other_checkout()
     faults.arm_or_exit(os.environ)
+    same_products_at_any_address()
     quiet_libraries()
 
 
@@ -39,6 +40,17 @@ def refuse_other_checkout() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def same_products_at_any_address() -> None:
+    """Let MKL compute the same bits wherever its matrices lie in memory.
+
+    Without it, the last bit of a product depends on the alignment of its operands on processors with
+    AVX-512 (Intel, "Conditional Numerical Reproducibility"): a weight that was read from a file
+    would differ from the same one in a model. It must be set before the first product; its cost
+    was within the noise.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def quiet_libraries() -> None:

@@ -62,9 +62,10 @@ def import_hf(
             ``output`` is then left as it was.
     """
     target, config = architecture_of(source)
-    recipe = recipe_of(source, output, target, config)
-    # Names and shapes first: reading the weights may take long.
+    # Names and shapes first: reading the weights may take long, and what does not hold together is
+    # a damaged folder before it is a model that no recipe can express.
     check_stored(source)
+    recipe = recipe_of(source, output, target, config)
     theirs = open_exported_weights(source)
     links = target.links(recipe.model)
     left_out = _left_out(theirs, links, recipe)

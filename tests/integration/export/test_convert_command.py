@@ -331,6 +331,8 @@ def test_a_killed_conversion_leaves_nothing_under_its_name_and_the_next_one_work
 PEAK = """
 import sys, torch
 from pathlib import Path
+from pretrain.core.startup import quiet_libraries
+quiet_libraries()
 from data_pipeline.shards.token_stream import open_split
 from data_pipeline.shards.manifest import load_manifest
 from pretrain.export.convert import export_hf, export_safetensors
