@@ -93,7 +93,11 @@ def test_tables_show_components_costs_and_memory(
     "arguments,error,part",
     [
         (["--recipe", "h64m"], ConfigError, "did you mean 'h64lm'"),
-        (["--recipe", "debug", "--world-size", "0"], ConfigError, "--world-size 0 is no number of ranks"),
+        (
+            ["--recipe", "debug", "--world-size", "0"],
+            ConfigError,
+            "--world-size 0 is no number of ranks",
+        ),
         (
             ["--recipe", "debug", "--plot", "/proc/none/sizes.png"],
             StorageError,
