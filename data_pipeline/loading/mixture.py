@@ -15,13 +15,15 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 from itertools import zip_longest
+from typing import Annotated
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field
 
 from data_pipeline.config import Mixture, Proportional, Temperature, TokenBudget, Weights
 from data_pipeline.loading.interleaving import Interleaving
-from pretrain.core.errors import ConfigError, DataError
+from data_pipeline.loading.saved import Count, read_saved
+from pretrain.core.errors import CheckpointError, ConfigError, DataError
 from pretrain.core.files import JsonObject
 
 # Version of the interleaving of samples: a checkpoint's plans count samples by it.
@@ -39,8 +41,8 @@ class SourceState:
     """
 
     fingerprint: str
-    num_samples: int
-    taken: int = 0
+    num_samples: Annotated[Count, Field(ge=1)]
+    taken: Count = 0
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class MixtureEntry:
         sequence_length: tokens of a sample.
     """
 
-    start_sample: int
+    start_sample: Count
     mixture: Mixture
-    sources: dict[str, SourceState]
-    sequence_length: int
+    sources: Annotated[dict[str, SourceState], Field(min_length=1)]
+    sequence_length: Annotated[Count, Field(ge=1)]
 
     def to_dict(self) -> JsonObject:
         """The entry as JSON."""
@@ -73,18 +75,24 @@ class MixtureEntry:
         """The entry that :meth:`to_dict` wrote.
 
         Raises:
+            CheckpointError: if it is none.
             DataError: if an earlier version wrote it, which interleaved several sources in another
                 order.
         """
-        if content.get("version") != VERSION and len(content["sources"]) > 1:
+        if content.get("version") != VERSION and len(content.get("sources", ())) > 1:
             raise DataError(
                 "an earlier version of this program, which mixed sources in another order, wrote "
                 "the checkpoint: what it has read is not known here; resume with that version, or "
                 "start a new run from its weights with initial_weights"
             )
-        mixture: Mixture = TypeAdapter(Mixture).validate_python(content["mixture"])
-        sources = {name: SourceState(**source) for name, source in content["sources"].items()}
-        return cls(content["start_sample"], mixture, sources, content["sequence_length"])
+        entry = read_saved(cls, {name: part for name, part in content.items() if name != "version"})
+        try:
+            check_names(entry.mixture, list(entry.sources), "mixture")
+        except ConfigError as error:
+            raise CheckpointError(
+                f"the checkpoint's position in the data is damaged: {error}"
+            ) from None
+        return entry
 
     def limit(self, name: str) -> int | None:
         """Samples that the run may take from a source; None without a limit."""

@@ -7,7 +7,10 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from data_pipeline.config import DataConfig, Mixture
 from data_pipeline.loading.batch import Batch, Origin, Sample, Samples, to_batch
@@ -16,6 +19,7 @@ from data_pipeline.loading.mixture import MixtureEntry, MixtureSchedule, SourceS
 from data_pipeline.loading.packing import training_samples
 from data_pipeline.loading.plan import LoaderPhase, LoaderPlan, check_micro_batches
 from data_pipeline.loading.prefetch import PrefetchWait
+from data_pipeline.loading.saved import Count, read_saved
 from data_pipeline.loading.shuffle import shuffled
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.manifest import canonical_sha256
@@ -35,6 +39,23 @@ class TrainingSource:
 
     samples: Samples
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class SavedPosition:
+    """What :meth:`ShardLoader.state` keeps in a checkpoint.
+
+    Attributes:
+        plans: of each mixture of the run so far, see :meth:`MixtureEntry.to_dict`.
+        samples: that the run has read or skipped.
+        offset: of the samples against the steps, where batches were passed over.
+        passes: over the training split when its size last changed, and the blocks until then.
+    """
+
+    plans: Annotated[list[JsonObject], Field(min_length=1)]
+    samples: Count
+    offset: int
+    passes: tuple[float, float] = (0.0, 0.0)
 
 
 class ShardLoader:
@@ -162,7 +183,7 @@ class ShardLoader:
             for entry in self.schedule.entries
             if entry.start_sample < samples or entry.start_sample == 0
         ]
-        return {"plans": plans, "samples": samples, "offset": self._offset, "passes": self._passes}
+        return asdict(SavedPosition(plans, samples, self._offset, self._passes))
 
     def resume(self, state: JsonObject, step: int) -> None:
         """Continue after ``step`` steps.
@@ -172,10 +193,12 @@ class ShardLoader:
         a new order, with a warning.
 
         Raises:
+            CheckpointError: if ``state`` is none.
             DataError: if the data of a source is not what it was.
         """
-        entries = [MixtureEntry.from_dict(plan) for plan in state["plans"]]
-        samples: int = state["samples"]
+        saved = read_saved(SavedPosition, state)
+        entries = [MixtureEntry.from_dict(plan) for plan in saved.plans]
+        samples = saved.samples
         phase = self.phase_at(step)
         for entry in entries:
             for name in self.sources:
@@ -183,7 +206,7 @@ class ShardLoader:
                     self._check_same(name, entry)
         last = entries[-1]
         taken = MixtureSchedule(entries).taken(samples)
-        self._offset = state["offset"]
+        self._offset = saved.offset
         if last.sequence_length != self.sequence_length:
             self._warn_of_new_order(last.sequence_length)
             self._offset = samples - phase.first_block_of(step)
@@ -197,7 +220,7 @@ class ShardLoader:
         if not is_same:
             entries = [entry for entry in entries if entry.start_sample < samples]
             entries.append(self._entry(samples, taken, phase.mixture))
-        passes, since = state.get("passes", (0.0, 0.0))
+        passes, since = saved.passes
         samples_before = sum(source.num_samples for source in last.sources.values())
         if samples_before != self._num_samples():
             passes += (samples - since) / samples_before

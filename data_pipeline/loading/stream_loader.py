@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from data_pipeline.config import DataConfig, Weights
 from data_pipeline.loading.batch import Batch, Origin, to_batch
@@ -18,6 +20,7 @@ from data_pipeline.loading.interleaving import Interleaving
 from data_pipeline.loading.mixture import check_names, exact_weights
 from data_pipeline.loading.plan import LoaderPlan, check_micro_batches
 from data_pipeline.loading.prefetch import PrefetchWait
+from data_pipeline.loading.saved import Count, read_saved
 from data_pipeline.loading.source_stream import Place, SourceStream
 from data_pipeline.shards.datasets import Datasets
 from pretrain.core import faults
@@ -54,7 +57,7 @@ class SavedSource:
     """A source in a checkpoint: the fingerprint of its files, and the place it has reached."""
 
     fingerprint: str
-    place: list[int]
+    place: Annotated[list[Count], Field(min_length=4, max_length=4)]
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,10 @@ class StreamState:
         sources: including those that the run no longer uses.
     """
 
-    start_sample: int
+    start_sample: Count
     weights: dict[str, float]
     sources: dict[str, SavedSource]
-    samples_passed_over: int = 0
-
-    @classmethod
-    def from_dict(cls, content: JsonObject) -> StreamState:
-        """The state that ``dataclasses.asdict`` made."""
-        sources = {name: SavedSource(**source) for name, source in content["sources"].items()}
-        return cls(**content | {"sources": sources})
+    samples_passed_over: Count = 0
 
 
 class StreamLoader:
@@ -191,9 +188,10 @@ class StreamLoader:
         """Continue after ``step`` steps; changed weights or sources apply from here on.
 
         Raises:
+            CheckpointError: if ``state`` is none.
             DataError: if the files of a source are not what they were.
         """
-        saved = StreamState.from_dict(state)
+        saved = read_saved(StreamState, state)
         self._drop_read_ahead()
         self.samples_passed_over = saved.samples_passed_over
         for name, source in self.sources.items():

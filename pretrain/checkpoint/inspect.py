@@ -5,7 +5,6 @@ One tensor, or the experts of one layer, is in memory at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.checkpoint.experts import moe_prefixes, read_experts, router_names, weight_similarity
-from pretrain.checkpoint.layout import MANIFEST, read_recipe, read_state
+from pretrain.checkpoint.layout import read_manifest, read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.config.differences import dotted_fields
 from pretrain.config.recipe import Recipe
@@ -141,19 +140,14 @@ def file_table(folder: Path, verify: bool) -> list[FileReport]:
     """Return a report on each file that the manifest names.
 
     Raises:
-        CheckpointError: if there is no manifest.
+        CheckpointError: if there is no manifest, or it is none.
     """
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {
-            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{folder / MANIFEST} is no manifest: the checkpoint is damaged, choose another"
-        ) from None
+        expected = read_manifest(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}: choose another step_N folder") from None
     reports: list[FileReport] = []
-    for name, (size, sha256) in tqdm(
+    for name, entry in tqdm(
         sorted(expected.items()), desc="hashing", unit="file", disable=not verify
     ):
         path = folder / name
@@ -161,10 +155,11 @@ def file_table(folder: Path, verify: bool) -> list[FileReport]:
         fault = None
         if found is None:
             fault = "is missing"
-        elif found != size:
-            fault = f"has {found} bytes instead of {size}"
-        elif verify and file_sha256(path) != sha256:
+        elif found != entry["bytes"]:
+            fault = f"has {found} bytes instead of {entry['bytes']}"
+        elif verify and file_sha256(path) != entry["sha256"]:
             fault = "does not have the content that was saved"
+        sha256 = entry["sha256"]
         reports.append({"name": name, "bytes": found, "sha256": sha256, "fault": fault})
     return reports
 

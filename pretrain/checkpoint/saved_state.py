@@ -22,6 +22,9 @@ class _Saved(BaseModel):
 class SavedProgress(_Saved):
     """The types of :class:`pretrain.guards.progress.Progress`, field by field."""
 
+    # A count that is not known here cannot be continued.
+    model_config = ConfigDict(strict=True, extra="forbid")
+
     step: Count = 0
     skipped_steps: Count = 0
     skipped_tokens: Count = 0

@@ -21,8 +21,9 @@ from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource
 from data_pipeline.loading.shuffle import sample_indices
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.token_stream import open_split
-from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.errors import CheckpointError, ConfigError, DataError
 from tests.support.data_folder import counting_stream
+from tests.support.json_damage import damaged
 
 S = 4
 Sizes = dict[str, int]
@@ -381,3 +382,18 @@ def test_too_small_limits_are_told_before_training(tmp_path: Path) -> None:
     loader.require(6)
     with pytest.raises(DataError, match="allows 50 samples of 4 tokens"):
         loader.require(7)
+
+
+def test_a_saved_position_with_any_value_of_another_type_is_a_sentence(tmp_path: Path) -> None:
+    sizes = {"a": 40, "b": 15}
+    mixture = weights({"a": 3, "b": 1})
+    state = json.loads(json.dumps(loader_of(tmp_path, sizes, mixture).state(3)))
+    loader, refused = loader_of(tmp_path, sizes, mixture), 0
+    for what, changed in damaged(state):
+        try:
+            loader.resume(changed, 3)
+        except (CheckpointError, DataError) as error:
+            assert "\n" not in str(error), what
+            refused += 1
+    # A number for another, and what has a default, may pass.
+    assert refused > 0.8 * len(list(damaged(state)))

@@ -23,8 +23,9 @@ from data_pipeline.shards.split import position, text_digest
 from data_pipeline.shards.token_stream import open_split
 from pretrain.config.load import load_recipe
 from pretrain.config.loader_plan import loader_plan
-from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.errors import CheckpointError, ConfigError, DataError
 from tests.support.data_folder import write_folder
+from tests.support.json_damage import damaged
 
 S, STEPS, EOD = 16, 9, 256
 SHARE = 0.3
@@ -381,3 +382,18 @@ def test_a_step_names_the_documents_of_its_sequences_while_they_are_remembered(
             assert set(row) <= {*named, EOD}
             assert len(origin.documents) == 1 or origin.documents[1].first == 0
     assert loader.origins(0) == [] and loader.origins(STEPS_AHEAD) != []
+
+
+def test_a_saved_place_with_any_value_of_another_type_is_a_sentence(
+    tmp_path: Path, datasets: Datasets
+) -> None:
+    write_lines(tmp_path, "a", 25)
+    first = loader_of(tmp_path, datasets)
+    first.step_batches(0)
+    state, loader = json.loads(json.dumps(first.state(1))), loader_of(tmp_path, datasets)
+    for what, changed in damaged(state):
+        try:
+            loader.resume(changed, 1)
+            loader.step_batches(1)
+        except (CheckpointError, DataError) as error:
+            assert "\n" not in str(error), what
