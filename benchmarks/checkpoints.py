@@ -57,20 +57,13 @@ def torch_distributed(tensors: TENSORS, folder: Path) -> None:
     synced(folder)
 
 
-def trained_engine(width: int) -> tuple[Engine, JsonObject]:
-    """An engine whose optimizer has state, and its ds_config."""
-    overrides = [
-        "model.vocab_size=8192",
-        f"model.hidden_size={width}",
-        f"model.moe.moe_intermediate_size={width}",
-        "model.moe.num_experts=16",
-        "train.micro_batch_size=1",
-        "train.global_batch_size=1",
-    ]
-    recipe = load_recipe("debug", overrides)
+def trained_engine(overrides: list[str], precision: str = "fp32") -> tuple[Engine, JsonObject]:
+    """An engine of the debug recipe whose optimizer has state, and its ds_config."""
+    recipe = load_recipe("debug", ["model.vocab_size=8192", *overrides])
     topology = connect(1)
-    ds_config = resolve_ds_config({"zero_optimization": {"stage": 1}}, "-", recipe, "fp32", 1, 1)
-    engine = Engine(recipe, ds_config, "fp32", topology)
+    zero = {"zero_optimization": {"stage": 1}}
+    ds_config = resolve_ds_config(zero, "-", recipe, precision, 1, 1)
+    engine = Engine(recipe, ds_config, precision, topology)
     tokens = torch.randint(0, 8192, (1, recipe.train.sequence_length + 1))
     engine.train_step([Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())], 1.0)
     return engine, ds_config
@@ -139,7 +132,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_checkpoints"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    engine, ds_config = trained_engine(arguments.hidden_size)
+    overrides = [
+        f"model.hidden_size={arguments.hidden_size}",
+        f"model.moe.moe_intermediate_size={arguments.hidden_size}",
+        "model.moe.num_experts=16",
+        "train.micro_batch_size=1",
+        "train.global_batch_size=1",
+    ]
+    engine, ds_config = trained_engine(overrides)
     folder: Path = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

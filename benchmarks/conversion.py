@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Conversion of a checkpoint with 2 GB of fp32 weights: ours against DeepSpeed's own tools.
 
-Those are ``zero_to_fp32`` and ``ds_to_universal``. The checkpoint is a real one, of one rank at
-ZeRO stage 1 in bf16, so that DeepSpeed's tools have their files. Each measurement is a separate
-process; its peak is held memory (benchmarks/held_memory.py), with the interpreter and all imports.
-Ours is without the comparison of logits, which needs both models in memory, and with the comparison
-of every tensor with its source. ``zero_to_fp32`` refuses mixtures of experts, so a dense model of
-about as many parameters is measured as well.
+Those are ``zero_to_fp32`` and ``ds_to_universal``, and read what DeepSpeed's engine saved of the
+same model. Both checkpoints are real ones, of one rank at ZeRO stage 1 in bf16. Each measurement is
+a separate process; its peak is held memory (benchmarks/held_memory.py), with the interpreter and
+all imports. Ours is without the comparison of logits, which needs both models in memory, and with
+the comparison of every tensor with its source. ``zero_to_fp32`` refuses mixtures of experts, so a
+dense model of about as many parameters is measured as well.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ SIDES = {
     ),
     "deepspeed, zero_to_fp32": (
         "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as"
-        " convert; convert(str(source), str(output), safe_serialization=True, tag='deepspeed')"
+        " convert; convert(str(theirs), str(output), safe_serialization=True, tag='saved')"
     ),
     "deepspeed, ds_to_universal": (
         "from argparse import Namespace; from deepspeed.checkpoint import ds_to_universal;"
-        " ds_to_universal.main(Namespace(input_folder=str(source / 'deepspeed'),"
+        " ds_to_universal.main(Namespace(input_folder=str(theirs / 'saved'),"
         " output_folder=str(output), num_extract_workers=1, num_merge_workers=1,"
         " keep_temp_folder=False, strict=True, inject_missing_state=False))"
     ),
@@ -60,10 +60,16 @@ SIDES = {
 PROGRAM = """
 import sys, time, torch
 from pathlib import Path
-source, output, data = map(Path, sys.argv[1:])
+source, theirs, output, data = map(Path, sys.argv[1:])
 started = time.perf_counter()
 {side}
 print("MEASURED", time.perf_counter() - started)
+"""
+SAVE_BY_DEEPSPEED = """
+import sys
+from checkpoints import trained_engine
+engine, _ = trained_engine(sys.argv[2:], "bf16")
+engine.deepspeed.save_checkpoint(sys.argv[1], tag="saved")
 """
 COMMON = [
     "train.sequence_length=32",
@@ -113,7 +119,19 @@ def train_one_step(folder: Path, name: str, overrides: list[str]) -> Path:
     return run / "checkpoints" / "step_1"
 
 
-def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
+def save_by_deepspeed(folder: Path, overrides: list[str]) -> Path:
+    """The folder of a checkpoint of the same model that DeepSpeed's engine wrote."""
+    output = folder / "deepspeed"
+    subprocess.run(
+        [sys.executable, "-c", SAVE_BY_DEEPSPEED, str(output), *COMMON, *overrides],
+        check=True,
+        cwd=Path(__file__).parent,
+        stdout=subprocess.DEVNULL,
+    )
+    return output
+
+
+def measure(side: str, source: Path, theirs: Path, folder: Path) -> tuple[float, int] | str:
     """Seconds and the peak of held bytes, or the error's last line."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
@@ -122,6 +140,7 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
         "-c",
         PROGRAM.format(side=SIDES[side]),
         str(source),
+        str(theirs),
         str(output),
         str(folder / "data"),
     ]
@@ -134,7 +153,7 @@ def measure(side: str, source: Path, folder: Path) -> tuple[float, int] | str:
         printed, errors = process.communicate()
     shutil.rmtree(output, ignore_errors=True)
     if process.returncode:
-        return errors.strip().splitlines()[-1].replace(str(source), "...")[:200]
+        return errors.strip().splitlines()[-1].replace(str(folder), "...")[:200]
     return float(printed.split("MEASURED")[1]), memory.peak
 
 
@@ -168,6 +187,7 @@ def main() -> None:
         models: dict[str, object] = {}
         for name, overrides in MODELS.items():
             source = train_one_step(folder, name, overrides)
+            theirs = save_by_deepspeed(folder, overrides)
             weights = open_weights(source)
             # Read from headers: no tensor is loaded here.
             sizes = [weights.form(tensor).bytes for tensor in weights.names]
@@ -186,7 +206,7 @@ def main() -> None:
                 if name == "dense" and side == "ours, hf, bf16":
                     continue
                 time.sleep(1)
-                measured = measure(side, source, folder)
+                measured = measure(side, source, theirs, folder)
                 if isinstance(measured, str):
                     sides[side] = {"fails": measured}
                     table.add_row(side, measured)
@@ -199,6 +219,7 @@ def main() -> None:
                 "sides": sides,
             }
             shutil.rmtree(source.parent.parent)
+            shutil.rmtree(theirs)
             Console().print(table)
     result["models"] = models
     arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -43,12 +43,12 @@ def refuse_other_checkout() -> None:
 
 
 def same_products_at_any_address() -> None:
-    """Let MKL compute the same bits wherever its matrices lie in memory.
+    """Let MKL compute the same bits wherever its matrices are in memory.
 
-    Without it, the last bit of a product depends on the alignment of its operands on processors with
-    AVX-512 (Intel, "Conditional Numerical Reproducibility"): a weight that was read from a file
-    would differ from the same one in a model. It must be set before the first product; its cost
-    was within the noise.
+    Without it, the last bit of a product depends on the alignment of its operands on processors
+    with AVX-512 (Intel, "Conditional Numerical Reproducibility"): a weight that was read from a
+    file would differ from the same one in a model. It must be set before the first product; its
+    cost was within the noise.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 

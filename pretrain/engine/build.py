@@ -18,6 +18,7 @@ from pretrain.core.files import JsonObject
 from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import without_monitors
 from pretrain.engine.topology import Topology
+from pretrain.engine.workarounds.compiled_muon import import_muon_without_compiler
 from pretrain.engine.workarounds.flat_partitions import give_shards
 from pretrain.engine.workarounds.stage0_first_step import forget_first_step
 from pretrain.model.config import ModelConfig
@@ -97,6 +98,7 @@ def start_deepspeed(
     Every rank must call it.
     """
     zero_stage = stage_of(ds_config)
+    import_muon_without_compiler()
     engine, wrapped, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=without_monitors(ds_config)
     )

@@ -106,6 +106,14 @@ assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(min
 """)
 
 
+def test_the_import_of_muon_brings_the_compiler() -> None:
+    passes("""
+import sys
+start(1)
+assert "torch._inductor" in sys.modules
+""")
+
+
 def test_a_new_batch_size_leaves_the_count_of_micro_batches() -> None:
     passes("""
 engine, optimizer, _, _ = start(1)

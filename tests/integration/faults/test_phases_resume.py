@@ -102,7 +102,7 @@ def test_interrupted_and_killed_in_every_phase_the_end_is_bitwise_the_same(
     tiny: Tiny, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    # A kill ends the writing thread too; this process, and the thread with it, goes on.
+    # A kill ends the writing thread too; this process, and the thread with it, continues.
     arguments = arguments_for(tiny, run, THREE, "checkpoint.background=false")
     for step, killed in ((2, False), (3, True), (6, True), (6, False), (9, True), (10, False)):
         with pytest.MonkeyPatch.context() as patch:
