@@ -40,13 +40,10 @@ PAGE_TAIL = """\
 | fact | file |
 |---|---|
 | AutoEP's router multiplies in the model's precision and has no balancing losses | `pretrain/model/moe/dropless.py` |
-| at ZeRO 3 AutoEP's checkpoints know three weights of an expert, and no biases | `pretrain/model/moe/dropless.py` |
 | the native layer's `l_aux` has another scale for each k | `pretrain/model/moe/deepspeed_native.py` |
-| the native layer leaves tensors with "expert" in their names out of the main checkpoint file | `pretrain/model/moe/router.py` |
 | DeepSpeed's Muon takes the gradient norm and clips after orthogonalising | `pretrain/optim/muon.py` |
 | monitors raise inside the engine, and count samples instead of steps | `pretrain/engine/monitor.py` |
 | universal checkpoints leave out buffers; at ZeRO 3 all parameters get one tensor as their step | `pretrain/checkpoint/universal.py` |
-| saving has no fsync, temporary name or manifest; a missing `latest` silently means step 0 | `pretrain/checkpoint/store.py` |
 """
 
 

@@ -53,8 +53,6 @@ class TopKRouter(KeepsFp32):
             if kind.learned_noise
             else None
         )
-        # The name must not contain "expert": DeepSpeed's native layer leaves such names out of its
-        # checkpoints.
         self.register_buffer(
             "balance_bias", torch.zeros(gate.out_features) if balanced_by_bias else None
         )
