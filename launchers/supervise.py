@@ -30,12 +30,13 @@ from typing import IO
 import psutil
 
 from pretrain.core import supervision
-from pretrain.core.errors import USAGE, ConfigError
+from pretrain.core.errors import PEER_LOST, USAGE, ConfigError
 
 SCRIPTS = ("pretrain.py", "pretrain", "moe-pretrain")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Between two looks at the parent.
+# Between two looks at the parent, and at the ranks.
 PARENT_SECONDS = 0.5
+RANKS_SECONDS = 5.0
 
 
 def say(sentence: str) -> None:
@@ -142,14 +143,44 @@ class Supervisor:
         return self._parent is not None and os.getppid() != self._parent
 
     def _wait(self, launcher: subprocess.Popen[bytes]) -> int:
-        """Wait for the launcher; if the parent is gone, the ranks are asked to stop, once."""
-        while self._parent is not None and launcher.poll() is None:
-            if self._parent_is_gone():
+        """Wait for the launcher; if the parent is gone, the ranks are asked to stop, once.
+
+        A launcher that waits for a host which no longer answers, as mpirun and ssh do for ever,
+        ends with the code of a lost peer some time after the ranks of this machine.
+        """
+        asked = False
+        ranks_seen, ranks_gone, next_look = False, time.monotonic(), 0.0
+        while launcher.poll() is None:
+            if not asked and self._parent_is_gone():
+                asked = True
                 self._handle(signal.SIGTERM, None)
-                break
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + RANKS_SECONDS
+                if any(map(is_rank, self._alive())):
+                    ranks_seen, ranks_gone = True, now
+            if ranks_seen and now - ranks_gone > supervision.launcher_seconds():
+                self._end_launcher(launcher)
+                return PEER_LOST
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launcher.wait(PARENT_SECONDS)
-        return launcher.wait()
+        return launcher.returncode
+
+    def _alive(self) -> list[psutil.Process]:
+        return [
+            process for process in psutil.Process().children(recursive=True) if is_alive(process)
+        ]
+
+    def _end_launcher(self, launcher: subprocess.Popen[bytes]) -> None:
+        say(
+            "the ranks of this machine have ended, and the launcher still waits for those of other"
+            " hosts: it ends now"
+        )
+        launcher.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(RANKS_SECONDS)
+        launcher.kill()
+        launcher.wait()
 
     def _forward(self, number: int) -> None:
         """Send a signal to every rank or, before there are any, to launcher and children."""

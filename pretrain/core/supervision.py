@@ -21,6 +21,10 @@ SUPERVISOR = "MOE_SUPERVISOR"
 # Seconds that a rank may take to save after its launcher or supervisor has died.
 GRACE = "MOE_GRACE_SECONDS"
 DEFAULT_GRACE_SECONDS = 120.0
+# Seconds that a launcher may take to end after the last rank of its machine, which others may wait
+# for longer: rank 0 runs the last callbacks alone.
+LAUNCHER_PATIENCE = "MOE_LAUNCHER_SECONDS"
+DEFAULT_LAUNCHER_SECONDS = 300.0
 # One of them is set by each launcher that starts its ranks as children. Without one the parent may
 # be a shell, whose end must not reach a run that nohup has started.
 LAUNCHER_VARIABLES = (
@@ -40,6 +44,11 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 def grace_seconds() -> float:
     """Return how long a rank may take to save after its launcher or supervisor has died."""
     return float(os.environ.get(GRACE, DEFAULT_GRACE_SECONDS))
+
+
+def launcher_seconds() -> float:
+    """Return how long a launcher may take to end after the last rank of its machine."""
+    return float(os.environ.get(LAUNCHER_PATIENCE, DEFAULT_LAUNCHER_SECONDS))
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:

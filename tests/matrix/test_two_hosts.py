@@ -61,12 +61,14 @@ def started_by(launcher: str, hosts: TwoHosts, tiny: Tiny, run: Path, steps: int
         "validation.interval_steps=50",
     )
     arguments = tiny.arguments(run, *settings, steps=steps)
-    variables = {"MASTER_PORT": str(PORT)}
+    variables = {"MASTER_PORT": str(PORT), "MOE_LAUNCHER_SECONDS": "8"}
     if launcher == "mpirun":
         shell = folder / "remote_shell"
         shell.write_text(REMOTE_SHELL.format(addresses=hosts.addresses, names=hosts.names))
         shell.chmod(0o755)
-        command: list[str | Path] = ["mpirun", "-launcher", "ssh", "-launcher-exec", shell]
+        # As run_mpi.sh does: mpirun alone waits for ever for the host that was cut off.
+        command: list[str | Path] = [sys.executable, LAUNCHERS / "supervise.py"]
+        command += ["mpirun", "-launcher", "ssh", "-launcher-exec", shell]
         command += ["-hosts", ",".join(hosts.addresses), "-ppn", "1", "-n", "2"]
         return [
             Started(hosts.on(0, [*command, sys.executable, SCRIPT, *arguments]), folder, variables)
