@@ -11,7 +11,8 @@ from typing import Any
 
 from pretrain.callbacks.environment import ENVIRONMENT
 from pretrain.callbacks.metrics import METRICS, read_records
-from pretrain.checkpoint.layout import MANIFEST, complete_checkpoints, damage, step_of
+from pretrain.checkpoint.layout import complete_checkpoints, damage, step_of
+from pretrain.checkpoint.state_hashes import state_hashes
 from pretrain.run.folder import CHECKPOINTS
 
 TAIL_BYTES = 1 << 15
@@ -121,13 +122,11 @@ def _is_equal(expected: float | None, value: float | None, relative: float) -> b
     return abs(value - expected) <= relative * abs(expected)
 
 
-def weights_of_last(run: Path) -> dict[str, str]:
-    """SHA-256 of every file of tensors of the newest checkpoint, by name."""
+def state_of_last(run: Path) -> dict[str, str]:
+    """SHA-256 of every weight and optimizer state of the newest checkpoint, by name."""
     found = complete_checkpoints(run / CHECKPOINTS)
-    if not found:
-        return {}
-    files = json.loads((found[0] / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+    # Not of the files: that of a rank has times in it.
+    return state_hashes(found[0]) if found else {}
 
 
 def listing(run: Path) -> set[str]:

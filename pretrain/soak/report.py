@@ -68,10 +68,11 @@ def checks_of(drill: Drill) -> list[Check]:
         Check("no leftovers", not left, _first(sorted(left))),
     ]
     if not changes:
-        weights = observed.weights_of_last(settings.killed)
-        expected = observed.weights_of_last(settings.reference)
-        same = weights == expected and bool(weights)
-        checks.append(Check("the same weights", same, f"{len(expected)} files of tensors"))
+        state = observed.state_of_last(settings.killed)
+        expected = observed.state_of_last(settings.reference)
+        same = state == expected and bool(state)
+        seen = f"{len(expected)} weights and optimizer states"
+        checks.append(Check("the same state", same, seen))
     return checks
 
 
