@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from typing import Any, NotRequired, TypedDict
 
 import numpy
 import torch
 from torch import Tensor
+
+from pretrain.core.seeds import derived_seed
 
 
 class RandomState(TypedDict):
@@ -52,9 +53,8 @@ def derive_random_state(seed: int, step: int, rank: int) -> None:
 
     Two ranks, or one rank at two steps, never draw the same numbers.
     """
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
-    derived = int.from_bytes(digest[:8], "little")
+    derived = derived_seed(f"{seed} {step} {rank}")
     random.seed(derived)
     numpy.random.seed(derived % 2**32)
     # Those of all devices.
-    torch.manual_seed(derived % 2**63)
+    torch.manual_seed(derived)

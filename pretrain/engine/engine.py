@@ -13,6 +13,7 @@ from pretrain.config.timeline import Phase
 from pretrain.core import faults
 from pretrain.core.activity import ACTIVITY
 from pretrain.core.files import JsonObject
+from pretrain.core.seeds import derived_seed
 from pretrain.engine.balance import BalanceBiases
 from pretrain.engine.build import (
     WeightLoader,
@@ -100,8 +101,8 @@ class Engine:
         self.model = build_model(recipe, precision, shard, topology.device, load_weights)
         self._frozen_names = frozen_names(self.model, recipe.model, recipe.phases)
         self.sparse_optimizer = take_expert_tables(self.model, recipe, shard.parts, topology)
-        # Weights are drawn from named streams, so only dropout and router noise use this seed. They
-        # must differ between ranks; checkpoints carry the generator's state.
+        # Weights are drawn from named streams, dropout and router noise from those of micro batches:
+        # what else may draw must differ between ranks, and checkpoints carry the generator's state.
         torch.manual_seed(recipe.seed + topology.rank)
         optimizer = build_optimizer(
             parameter_groups(self.model, recipe.model, recipe.optimizer), recipe.optimizer
@@ -221,6 +222,7 @@ class Engine:
         self._begin_veto(should_skip, totals)
         for number, batch in enumerate(batches):
             ACTIVITY.tick()
+            self._seed(number)
             output = self._forward(batch, normalizer, fractions_LE)
             loss = faults.poison("step.backward", output.loss)
             self.deepspeed.backward(self.loss_scale.for_backward(loss))
@@ -364,6 +366,16 @@ class Engine:
         return (self.topology.all_reduce_sum(counted) / micro_batches).float()
 
     @torch.no_grad()
+    def _seed(self, number: int) -> None:
+        """Begin the random stream of this rank's micro batch ``number`` (from 0) of the step.
+
+        It belongs to the micro batch of the global batch, so that dropout and router noise of a
+        token are the same on any rank, and after any resume.
+        """
+        step, ranks = self.deepspeed.global_steps, self.topology.world_size
+        micro_batch = self.topology.rank + number * ranks
+        torch.manual_seed(derived_seed(f"{self.recipe.seed} micro batch {step} {micro_batch}"))
+
     def _global_fractions(
         self, batches: list[Batch], normalizer: torch.Tensor | float
     ) -> torch.Tensor | None:
@@ -377,7 +389,8 @@ class Engine:
             return None
         layers = self.recipe.model.routed_layers
         counts_LE = torch.zeros(len(layers), moe.num_experts, device=self.topology.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self._seed(number)
             output = self._forward(batch, normalizer)
             assert output.router is not None
             counts_LE += output.router.counts_LE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from pretrain.config.rules.routers import deaf_router
 from pretrain.core.errors import ConfigError
 from pretrain.core.plugins import add_loaded_plugins
 from pretrain.core.section import Effect
+from pretrain.core.seeds import derived_seed
 from pretrain.model.config import ModelConfig
 from pretrain.model.widths import width_ratio
 
@@ -45,9 +45,7 @@ def random_normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
 
 def random_stream(seed: int, name: str) -> torch.Generator:
     """A generator for one name, so that what one tensor draws does not depend on the others."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    # manual_seed takes a signed 64-bit number: 63 bits are always in range.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(derived_seed(f"{seed}/{name}"))
 
 
 def derived_recipe(

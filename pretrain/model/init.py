@@ -11,12 +11,12 @@ that :func:`keep_initial_value` marked keeps what its module gave it. Last, the 
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import nn
 
+from pretrain.core.seeds import derived_seed
 from pretrain.model.config import ModelConfig, below_feed_forward
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.base import MoELayer
@@ -29,9 +29,7 @@ ZERO = (".bias", ".sinks")
 
 def _fill_normal(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
     """Fill with N(0, std^2), drawn in fp32 on the CPU: every device gets the same values."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    # A hash that is the same in every process (Python's own is salted); manual_seed takes 63 bits.
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(derived_seed(f"{seed}/{name}"))
     tensor.copy_(
         torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
     )

@@ -44,7 +44,7 @@ THE_RUNS_DATA = "the run's own data"
 
 
 def without_dropout(recipe: Recipe) -> Recipe:
-    """Return a recipe whose steps draw nothing at random: ranks would draw other values."""
+    """Return a recipe without dropout: experts on other ranks would draw other values."""
     return recipe.model_copy(
         update={"model": recipe.model.model_copy(update={"dropout": Dropout()})}
     )

@@ -31,6 +31,11 @@ LOW = {precision: (f"train.precision={precision}",) for precision in ("bf16", "f
 BIASED = ("model.feed_forward={kind: clamped_swiglu, bias: true}", "model.attention.bias=all")
 NARROW = ("model.feed_forward={kind: gelu, bias: true}",)  # its w2 is wider than w1 and w3
 RUNNING = ("model.moe.query_norm=batch_norm",)
+# What is drawn for a token belongs to its micro batch, not to the rank that computes it.
+RANDOM = (
+    "model.dropout={embedding: 0.1, attention: 0.1, residual: 0.2, expert: 0.2}",
+    "model.moe.router.jitter=0.1",
+)
 AHEAD = ("model.multi_token_prediction={loss_weight: 0.3}",)
 WIDER = (
     (
@@ -66,6 +71,7 @@ SPANNING: dict[int, list[Case]] = {
         case("peer", 0, 1, overrides=RUNNING), case("peer", 0, 1, overrides=RECOMPUTED),
         *(case("dropless", 0, 1, optimizer) for optimizer in (MUON, LION, EIGHT_BIT)),
         case("dropless", 0, 1, MUON, starved=4),
+        case("dropless", 0, 1, overrides=RANDOM), case("dropless", 0, 1, overrides=RANDOM + GLOBAL),
     ],
     2: [
         case("dropless", 0, 2), case("dropless", 1, 2), case("dropless", 2, 1),
@@ -95,6 +101,8 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 2, 2, EIGHT_BIT), case("dropless", 1, 1, MUON, sabotage="matrices_turned"),
         case("dropless", 1, 1, MUON, starved=4), case("dropless", 3, 1, MUON, starved=4),
         case("dropless", 3, 1, MUON, starved=4, sabotage="marks_kept"),
+        case("dropless", 1, 2, overrides=RANDOM), case("dropless", 3, 1, overrides=RANDOM),
+        case("dropless", 1, 2, overrides=RANDOM + GLOBAL),
     ],
     4: [
         case("dropless", 0, 4), case("dropless", 3, 2), case("deepspeed", 2, 4),
@@ -105,6 +113,7 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless_full", 0, 2, overrides=NARROW),
         case("peer", 2, 4), case("peer", 1, 2, ADAMW), case("peer", 3, 2, ADAMW),
         case("peer", 1, 2, **MOVED), case("peer", 2, 4, overrides=RUNNING),
+        case("dropless", 2, 4, overrides=RANDOM),
     ],
 }  # fmt: skip
 

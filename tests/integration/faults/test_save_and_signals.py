@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from pretrain.core.errors import PREEMPTED
 from tests.support.tiny_run import SCRIPT, Started, Tiny, wait_for_step
@@ -55,7 +54,6 @@ def test_nohup_is_respected_and_ctrl_c_lets_a_save_finish(tiny: Tiny, tmp_path: 
     assert not list((run / "checkpoints").glob(".step_*.tmp"))
 
 
-@pytest.mark.full
 def test_a_closed_terminal_lets_the_run_save(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     master, slave = pty.openpty()
