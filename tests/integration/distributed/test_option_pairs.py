@@ -35,7 +35,7 @@ from tests.support.option_pairs import (
 from tests.support.ranks import Results, run_cases
 
 # Deliberate faults of resuming, which the equality below must notice, and the options they need.
-BROKEN = {"optimizer_forgotten": (), "random_state_forgotten": (("dropout", "on"),)}
+BROKEN = {"optimizer_forgotten": (), "counts_forgotten": (("dropout", "on"),)}
 
 
 def case(row: Row, folder: Path, **extra: str) -> dict[str, Any]:

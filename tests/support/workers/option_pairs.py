@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint import engine_state
-from pretrain.checkpoint import store as store_module
 from pretrain.checkpoint.layout import damage
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.checkpoint.weights import load_model
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.engine.engine import Engine
 from pretrain.engine.step import reduce_steps
 from pretrain.evaluation.generation.generate import NextLogits, generate, native_next_logits
 from pretrain.evaluation.generation.sampling import Sampling
@@ -69,8 +69,8 @@ def sabotage(kind: str) -> None:
     """Breaks one thing about resuming on purpose."""
     if kind == "optimizer_forgotten":
         engine_state.load_optimizer = lambda *_: None
-    elif kind == "random_state_forgotten":
-        store_module.restore_random_state = lambda _: torch.manual_seed(0)
+    elif kind == "counts_forgotten":  # dropout follows from the number of the step
+        Engine.restore_counts = lambda *_: None  # type: ignore[method-assign]
     else:
         raise ValueError(kind)
 
@@ -128,12 +128,12 @@ def greedy(next_logits: NextLogits) -> tuple[list[int], torch.Tensor]:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    parts = store_module.restore_random_state, engine_state.load_optimizer
+    parts = Engine.restore_counts, engine_state.load_optimizer
     try:
         return trained_and_resumed(case)
     finally:
         # A deliberate fault ends with its case.
-        store_module.restore_random_state, engine_state.load_optimizer = parts
+        Engine.restore_counts, engine_state.load_optimizer = parts  # type: ignore[method-assign]
 
 
 def trained_and_resumed(case: dict[str, Any]) -> dict[str, Any]:
