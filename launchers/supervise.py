@@ -145,8 +145,8 @@ class Supervisor:
     def _wait(self, launcher: subprocess.Popen[bytes]) -> int:
         """Wait for the launcher; if the parent is gone, the ranks are asked to stop, once.
 
-        A launcher that waits for a host which no longer answers, as mpirun and ssh do for ever,
-        ends with the code of a lost peer some time after the ranks of this machine.
+        A launcher that waits for a host which was cut off, as mpirun and ssh do for ever, ends
+        with the code of a lost peer some time after the ranks of this machine.
         """
         asked = False
         ranks_seen, ranks_gone, next_look = False, time.monotonic(), 0.0

@@ -101,8 +101,8 @@ class Engine:
         self.model = build_model(recipe, precision, shard, topology.device, load_weights)
         self._frozen_names = frozen_names(self.model, recipe.model, recipe.phases)
         self.sparse_optimizer = take_expert_tables(self.model, recipe, shard.parts, topology)
-        # Weights are drawn from named streams, dropout and router noise from those of micro batches:
-        # what else may draw must differ between ranks, and checkpoints carry the generator's state.
+        # Weights are drawn from named streams, dropout and router noise from those of micro
+        # batches. What else may draw must differ between ranks; checkpoints carry the generator.
         torch.manual_seed(recipe.seed + topology.rank)
         optimizer = build_optimizer(
             parameter_groups(self.model, recipe.model, recipe.optimizer), recipe.optimizer

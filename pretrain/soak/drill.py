@@ -19,6 +19,8 @@ START, TRAINING, SAVE = "start", "training", "save"
 # Of the kills that are not aimed at a save, this share hits a run that still starts.
 START_SHARE = 0.12
 LAUNCHER_SHARE = 0.2
+# Before the end of the run, without a kill.
+SPARE_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,10 @@ class Drill:
     def _steps_to_kill(self, published: int) -> int:
         """A random number of steps that leaves enough of the run for the other kills."""
         left = max(1, self.settings.kills - self.kills())
-        mean = (self.settings.steps - published) / left
-        return self._random.randint(1, max(1, round(1.8 * mean)))
+        steps = self.settings.steps - published
+        # A kill that is to come after the last save would come too late.
+        latest = max(1, steps - SPARE_STEPS)
+        return self._random.randint(1, min(latest, max(1, round(1.8 * steps / left))))
 
     def _pause_within_step(self, run: Path) -> None:
         """Wait for a random part of the time that the last steps took."""

@@ -48,7 +48,7 @@ def experts_loop(
     form: ExpertForm,
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
-    """One expert after the other: the reference, and the fastest form on CPUs.
+    """One expert after the other: the reference, and the fastest form in fp32 on CPUs.
 
     Reads the counts on the host, which synchronises with a GPU.
     """
@@ -154,10 +154,14 @@ class Experts(nn.Module):
         self.first = first
 
     def uses_grouped_mm(self, x: torch.Tensor) -> bool:
-        """Whether rows like these use the grouped product: CUDA's computes in bf16 only."""
-        return self.kernel == "grouped_mm" or (
-            self.kernel == "auto" and x.is_cuda and x.dtype == torch.bfloat16
-        )
+        """Whether rows like these use the grouped product.
+
+        It computes in bf16 only on CUDA. On CPUs it saves the stacking of the experts' gradients in
+        training; else the loop is faster, which passes over experts without rows.
+        """
+        if self.kernel != "auto":
+            return self.kernel == "grouped_mm"
+        return x.dtype == torch.bfloat16 and (x.is_cuda or torch.is_grad_enabled())
 
     def forward(
         self,

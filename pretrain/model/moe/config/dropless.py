@@ -28,7 +28,7 @@ class DroplessMoEConfig(RoutedMoE):
     has_universal_checkpoints: ClassVar[bool] = True
     kind: Literal["dropless"] = "dropless"
     expert_kernel: Annotated[Literal["auto", "loop", "grouped_mm"], Effect.NONE] = Field(
-        "auto", description="'auto': grouped_mm for bf16 on CUDA, else a loop"
+        "auto", description="'auto': grouped_mm for bf16, on CPUs only in training; else a loop"
     )
 
     def expert_tensors(self, parameters: Sequence[str]) -> ExpertTensors:

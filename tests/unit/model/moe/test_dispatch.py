@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import nn
 
 from pretrain.model.config import ClampedSwiGLUConfig, SwiGLUConfig
 from pretrain.model.feed_forward import ClampedSwiGLU, SwiGLU
@@ -18,7 +19,13 @@ from pretrain.model.moe.dispatch import (
     permute_rows,
     sort_order,
 )
-from pretrain.model.moe.experts import ExpertBiases, ExpertForm, experts_grouped_mm, experts_loop
+from pretrain.model.moe.experts import (
+    ExpertBiases,
+    ExpertForm,
+    Experts,
+    experts_grouped_mm,
+    experts_loop,
+)
 from tests.support.tiny_model import random_tensor
 
 T, K, D, F, E = 13, 3, 16, 24, 5
@@ -197,6 +204,33 @@ def test_expert_kernels_agree_with_gradients(
     assert_all_close(results[experts_grouped_mm], results[experts_naive], tolerance)
     for weight_gradient in results[experts_loop][2:5]:
         assert weight_gradient[counts_e == 0].count_nonzero() == 0
+
+
+def test_in_bf16_on_a_cpu_both_kernels_compute_the_same_bits() -> None:
+    """So the choice of ``auto`` changes no loss."""
+    x_RD = random_tensor(20, D, dtype=torch.bfloat16)
+    weights = [
+        random_tensor(E, *shape, seed=seed, dtype=torch.bfloat16)
+        for seed, shape in enumerate([(F, D), (D, F), (F, D)])
+    ]
+    results = []
+    for compute in (experts_loop, experts_grouped_mm):
+        output_RD = compute(
+            x_RD, torch.tensor(COUNTS["mixed"]), **named(weights), form=FORMS["swiglu"]
+        )
+        results.append([output_RD, *gradients_of(output_RD, [x_RD, *weights])])
+    assert all(map(torch.equal, *results))
+
+
+def test_auto_is_the_grouped_product_in_bf16_training_only() -> None:
+    experts = Experts(*map(nn.Parameter, [torch.zeros(1, 1, 1)] * 3), FORMS["swiglu"], "auto", 0)
+    for dtype, training, expected in (
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+        (torch.float32, True, False),
+    ):
+        with torch.set_grad_enabled(training):
+            assert experts.uses_grouped_mm(torch.zeros(1, 1, dtype=dtype)) is expected
 
 
 def test_rows_of_a_neighbouring_expert_are_told_apart() -> None:
