@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 
 from data_pipeline.loading.batch import Batch
+from pretrain.callbacks.environment import hardware
 from pretrain.checkpoint.engine_state import weight_tensors
 from pretrain.checkpoint.optimizer_state import optimizer_tensors
 from pretrain.checkpoint.store import CheckpointStore
@@ -153,7 +154,14 @@ def main() -> None:
             f"CPU {row['cpu_seconds']:.3f} s, {row['gigabytes_a_second']:.2f} GB/s"
         )
     if arguments.json:
-        content = {"machine": platform.processor(), "bytes": size, "ways": rows}
+        content = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "hardware": hardware(),
+            "torch": torch.__version__,
+            "bytes": size,
+            "rounds": arguments.rounds,
+            "ways": rows,
+        }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     shutil.rmtree(folder)
     disconnect()
