@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.loading.batch import NO_LOSS, Batch
+from data_pipeline.loading.saved import read_saved
 from data_pipeline.loading.seen_samples import seen_samples
-from data_pipeline.loading.shard_loader import open_shard_loader
+from data_pipeline.loading.shard_loader import SavedPosition, open_shard_loader
 from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.split import SplitName
@@ -376,6 +377,7 @@ def fit_on_seen_samples(
         state: of the checkpoint.
 
     Raises:
+        CheckpointError: if its position in the data is none.
         DataError: if ``datasets`` is not the data that the run has seen.
     """
     if is_weights_alone(state):
@@ -388,7 +390,8 @@ def fit_on_seen_samples(
             "the n-gram is fitted on what the model has seen, which a run with data.streaming does"
             " not keep: pass --no-bigram"
         )
-    seen = seen_samples(state["data"]["plans"], state["data"]["samples"], recipe.seed)
+    saved = read_saved(SavedPosition, state["data"])
+    seen = seen_samples(saved.plans, saved.samples, recipe.seed)
     try:
         loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
         loader.resume(state["data"], state["step"])
