@@ -45,8 +45,8 @@ class Pair(NamedTuple):
 
 
 def topologies(kind: str) -> list[Topology]:
-    """All that the kind of layer allows: DeepSpeed's own has no ZeRO 3, and PEER none of 3."""
-    stages = (0, 1, 2, 3) if kind == "dropless" else (0, 1, 2)
+    """All that the kind of layer allows: DeepSpeed's own has no ZeRO 3."""
+    stages = (0, 1, 2) if kind == "native" else (0, 1, 2, 3)
     return [
         Topology(world, zero, ep)
         for world, zero, ep in product((1, 2, 4), stages, (1, 2, 4))
