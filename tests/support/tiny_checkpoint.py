@@ -51,6 +51,8 @@ def make_data(folder: Path, texts: dict[str, str], vocab_size: int = 280) -> Man
         f"data.source.input=['{sources}/*.txt']",
         f"data.tokenizer.vocab_size={vocab_size}",
         "data.validation_share=0.3",
+        # Not by path, which is another one in each session: the model would be another one, too.
+        "data.split_by=content",
     ]
     return build(load_recipe("debug", overrides).data, Output(folder)).manifest
 
