@@ -22,9 +22,10 @@ from pydantic import Field
 
 from data_pipeline.config import Mixture, Proportional, Temperature, TokenBudget, Weights
 from data_pipeline.loading.interleaving import Interleaving
-from data_pipeline.loading.saved import Count, read_saved
+from data_pipeline.loading.saved import read_saved
 from pretrain.core.errors import CheckpointError, ConfigError, DataError
 from pretrain.core.files import JsonObject
+from pretrain.core.saved_types import Count
 
 # Version of the interleaving of samples: a checkpoint's plans count samples by it.
 VERSION = 2

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject
+from pretrain.core.saved_types import first_fault
 
 Saved = TypeVar("Saved")
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def read_saved(kind: type[Saved], content: JsonObject) -> Saved:
@@ -25,9 +25,7 @@ def read_saved(kind: type[Saved], content: JsonObject) -> Saved:
         # As JSON, where a list may be a tuple; strict, so that true and "12" are no numbers.
         return adapter.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        detail = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, detail["loc"]))[:120]
         raise CheckpointError(
-            f"the checkpoint's position in the data has a wrong '{where}' ({detail['msg'][:120]}):"
-            " the checkpoint is damaged, choose another step_N folder"
+            f"the checkpoint's position in the data has {first_fault(error)}; the checkpoint is"
+            " damaged, choose another step_N folder"
         ) from None

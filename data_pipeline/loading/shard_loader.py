@@ -19,13 +19,14 @@ from data_pipeline.loading.mixture import MixtureEntry, MixtureSchedule, SourceS
 from data_pipeline.loading.packing import training_samples
 from data_pipeline.loading.plan import LoaderPhase, LoaderPlan, check_micro_batches
 from data_pipeline.loading.prefetch import PrefetchWait
-from data_pipeline.loading.saved import Count, read_saved
+from data_pipeline.loading.saved import read_saved
 from data_pipeline.loading.shuffle import shuffled
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.manifest import canonical_sha256
 from pretrain.core import faults
 from pretrain.core.errors import DataError
 from pretrain.core.files import JsonObject
+from pretrain.core.saved_types import Count
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,13 @@ from data_pipeline.loading.interleaving import Interleaving
 from data_pipeline.loading.mixture import check_names, exact_weights
 from data_pipeline.loading.plan import LoaderPlan, check_micro_batches
 from data_pipeline.loading.prefetch import PrefetchWait
-from data_pipeline.loading.saved import Count, read_saved
+from data_pipeline.loading.saved import read_saved
 from data_pipeline.loading.source_stream import Place, SourceStream
 from data_pipeline.shards.datasets import Datasets
 from pretrain.core import faults
 from pretrain.core.errors import DataError
 from pretrain.core.files import JsonObject
+from pretrain.core.saved_types import Count
 
 STEPS_AHEAD = 16
 

@@ -5,13 +5,10 @@ What the loader and plugins' guards keep in it is their own, and only known to b
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pretrain.core.files import JsonObject
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+from pretrain.core.saved_types import Count, first_fault
 
 
 class _Saved(BaseModel):
@@ -108,7 +105,5 @@ def wrong_type(state: JsonObject) -> str | None:
     try:
         SavedState.model_validate(state)
     except ValidationError as error:
-        detail = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, detail["loc"]))[:120]
-        return f"has a wrong '{where}': {detail['msg'][:120]}"
+        return f"has {first_fault(error)}"
     return None

@@ -132,8 +132,6 @@ class Experts(nn.Module):
 
     The module adopts the parameters that DeepSpeed's layer created and tagged. It must compute with
     them itself, because ZeRO-3 gathers a parameter when the module that holds it is called.
-    DeepSpeed's checkpoints know these three names and no other: a fourth parameter here could not
-    be resumed at ZeRO stage 3.
     """
 
     def __init__(
