@@ -78,6 +78,9 @@ class Supervisor:
     Args:
         parent: whose end counts as a SIGTERM; None for nobody's.
 
+    Raises:
+        ConfigError: if a time in the environment is no number of seconds.
+
     Attributes:
         was_asked: whether a signal has asked the run to stop; it does not start again then.
         output: what the launcher has printed, if it is kept.
@@ -87,6 +90,8 @@ class Supervisor:
         self.was_asked = False
         self.output: list[str] = []
         self._parent = parent
+        self._grace_seconds = supervision.grace_seconds()
+        self._launcher_seconds = supervision.launcher_seconds()
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopped = threading.Event()
 
@@ -159,7 +164,7 @@ class Supervisor:
                 next_look = now + RANKS_SECONDS
                 if any(map(is_rank, self._alive())):
                     ranks_seen, ranks_gone = True, now
-            if ranks_seen and now - ranks_gone > supervision.launcher_seconds():
+            if ranks_seen and now - ranks_gone > self._launcher_seconds:
                 self._end_launcher(launcher)
                 return PEER_LOST
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -203,7 +208,7 @@ class Supervisor:
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
-        _, stuck = psutil.wait_procs(left, timeout=supervision.grace_seconds())
+        _, stuck = psutil.wait_procs(left, timeout=self._grace_seconds)
         for process in stuck:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -278,9 +283,9 @@ def main(command: list[str]) -> int:
         parent = int(command[1])
         command = command[2:]
     supervision.adopt_orphans()
-    supervisor = Supervisor(parent)
-    supervisor.install()
     try:
+        supervisor = Supervisor(parent)
+        supervisor.install()
         if os.environ.get("MAX_RESTARTS", "0") in ("", "0"):
             return supervisor.run(command, keeps_output=False)
         return run_again_and_again(supervisor, command)

@@ -17,12 +17,16 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
 
 from pretrain.core import startup, supervision
+from pretrain.core.errors import ConfigError, run_command
 
 # Before the slow imports.
 startup.prepare()
-supervision.follow_launcher()
+try:
+    supervision.follow_launcher()
+except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
-from pretrain.core.errors import run_command
 from pretrain.train import main
 
 # The console script moe-pretrain.

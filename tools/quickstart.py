@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, cast
@@ -119,8 +119,10 @@ class Stages:
         """The file with the standard output of a stage."""
         return self.results / f"{name}.log"
 
-    def run(self, name: str, command: list[str], is_reuse: IsReuse) -> JsonObject:
-        """Runs a command that writes its result as JSON.
+    def run(
+        self, name: str, command: list[str], is_reuse: IsReuse, below: Sequence[str] = ()
+    ) -> JsonObject:
+        """Runs a command that writes its result as JSON; ``below`` is what starts it.
 
         Its time counts unless the work had been done before.
 
@@ -138,7 +140,9 @@ class Stages:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
             finished = subprocess.run(
-                [*command, *plugin_arguments(), "--json", str(path)], stdout=output, check=False
+                [*below, *command, *plugin_arguments(), "--json", str(path)],
+                stdout=output,
+                check=False,
             )
         elapsed = time.perf_counter() - started
         if finished.returncode != 0:
@@ -231,7 +235,11 @@ def run_stages(
         options.ds_config,
         *chosen,
     ]
-    train = stages.run("train", launch, lambda result: bool(result["done_already"]))
+    # The ranks of a bare launcher would outlive this process and the launcher.
+    supervised = [sys.executable, str(LAUNCHERS / "supervise.py"), "--parent", str(os.getpid())]
+    train = stages.run(
+        "train", launch, lambda result: bool(result["done_already"]), below=supervised
+    )
     return {"data": data, "train": train} | run_checkpoint_stages(options.prompt, recipe, stages)
 
 

@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+from pretrain.core.errors import ConfigError
+
 # In a rank's environment: which process supervises it, as :func:`identity_of` writes it.
 SUPERVISOR = "MOE_SUPERVISOR"
 # Seconds that a rank may take to save after its launcher or supervisor has died.
@@ -25,6 +27,7 @@ DEFAULT_GRACE_SECONDS = 120.0
 # for longer: rank 0 runs the last callbacks alone.
 LAUNCHER_PATIENCE = "MOE_LAUNCHER_SECONDS"
 DEFAULT_LAUNCHER_SECONDS = 300.0
+LONGEST_SECONDS = 86400.0
 # One of them is set by each launcher that starts its ranks as children. Without one the parent may
 # be a shell, whose end must not reach a run that nohup has started.
 LAUNCHER_VARIABLES = (
@@ -42,13 +45,35 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def grace_seconds() -> float:
-    """Return how long a rank may take to save after its launcher or supervisor has died."""
-    return float(os.environ.get(GRACE, DEFAULT_GRACE_SECONDS))
+    """Return how long a rank may take to save after its launcher or supervisor has died.
+
+    Raises:
+        ConfigError: if the environment has no number of seconds there.
+    """
+    return _seconds(GRACE, DEFAULT_GRACE_SECONDS)
 
 
 def launcher_seconds() -> float:
-    """Return how long a launcher may take to end after the last rank of its machine."""
-    return float(os.environ.get(LAUNCHER_PATIENCE, DEFAULT_LAUNCHER_SECONDS))
+    """Return how long a launcher may take to end after the last rank of its machine.
+
+    Raises:
+        ConfigError: if the environment has no number of seconds there.
+    """
+    return _seconds(LAUNCHER_PATIENCE, DEFAULT_LAUNCHER_SECONDS)
+
+
+def _seconds(variable: str, default: float) -> float:
+    text = os.environ.get(variable, "")
+    try:
+        seconds = float(text) if text else default
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_SECONDS:
+        raise ConfigError(
+            f"{variable}={text} is no number of seconds from 0 to {LONGEST_SECONDS:,.0f}: correct"
+            " it, or leave it out"
+        )
+    return seconds
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:
@@ -94,6 +119,9 @@ def follow_launcher() -> None:
 
     A rank that cannot save, because it hangs, is killed after :func:`grace_seconds`. No effect in a
     process that no launcher started.
+
+    Raises:
+        ConfigError: if the environment has no number of seconds as the time for saving.
     """
     if sys.platform != "linux":
         return
@@ -105,7 +133,7 @@ def follow_launcher() -> None:
     if supervisor and _is_of_this_machine(supervisor):
         watched.append(_open_supervisor(supervisor))
     if watched:
-        threading.Thread(target=_end_after, args=(watched,), daemon=True).start()
+        threading.Thread(target=_end_after, args=(watched, grace_seconds()), daemon=True).start()
 
 
 def _is_of_this_machine(identity: str) -> bool:
@@ -132,7 +160,7 @@ def _open_supervisor(identity: str) -> int | None:
     return descriptor if is_same else None
 
 
-def _end_after(watched: list[int | None]) -> None:
+def _end_after(watched: list[int | None], grace: float) -> None:
     descriptors = [descriptor for descriptor in watched if descriptor is not None]
     if len(descriptors) == len(watched):
         poll = select.poll()
@@ -140,5 +168,5 @@ def _end_after(watched: list[int | None]) -> None:
             poll.register(descriptor, select.POLLIN)
         poll.poll()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(grace_seconds())
+    time.sleep(grace)
     os.kill(os.getpid(), signal.SIGKILL)

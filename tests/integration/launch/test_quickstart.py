@@ -5,6 +5,7 @@ evaluation, export and text; then again.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,26 @@ from typing import Any
 import pytest
 
 from tests.support.paths import ROOT
-from tests.support.tiny_run import Started, Tiny
+from tests.support.tiny_run import Started, Tiny, wait_for_step
 
 FIELDS = (
     "train_tokens", "tokens_per_second", "parameters_total", "parameters_active", "validation_loss",
     "perplexity", "bigram_loss", "bits_per_byte",
     "export_max_logit_difference", "wall_seconds", "reused", "sample",
 )  # fmt: skip
+
+
+def quickstart(tiny: Tiny, run: Path, *overrides: str, tokens: int) -> list[str | Path]:
+    settings = ["parallel.ep_size=2", f"run_path={run}", f"train.train_tokens={tokens}", *overrides]
+    return [
+        sys.executable,
+        ROOT / "tools" / "quickstart.py",
+        "--recipe",
+        str(tiny.recipe),
+        "--prompt",
+        "the router",
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +43,9 @@ def twice(
     printed.
     """
     run = tmp_path_factory.mktemp("quickstart") / "run"
-    settings = [
-        "parallel.ep_size=2",
-        "logging.tensorboard=true",
-        f"run_path={run}",
-        "train.train_tokens=1280",
-        "model.max_position_embeddings=128",
-    ]
-    command = [
-        sys.executable,
-        ROOT / "tools" / "quickstart.py",
-        "--recipe",
-        str(tiny.recipe),
-        "--prompt",
-        "the router",
-    ]
-    command += [part for setting in settings for part in ("--set", setting)]
+    command = quickstart(
+        tiny, run, "logging.tensorboard=true", "model.max_position_embeddings=128", tokens=1280
+    )
     summaries, printed = [], []
     for _ in range(2):
         started = Started(command, tiny.folder)
@@ -114,3 +115,18 @@ def test_a_second_start_reuses_every_stage_and_keeps_the_first_run_s_times(
         "tokens_per_second",
     )
     assert [first[field] for field in same] == [second[field] for field in same]
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
+def test_ranks_save_and_end_when_the_main_job_is_ended_alone(
+    tiny: Tiny, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    started = Started(quickstart(tiny, run, tokens=1_000_000), tiny.folder)
+    wait_for_step(run, 2, started)
+    started.process.send_signal(number)
+    assert started.wait() != 0
+    assert started.survivors() == []
+    assert (run / "checkpoints" / "latest").is_file()
