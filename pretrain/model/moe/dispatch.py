@@ -7,7 +7,11 @@ so it is deterministic on every device.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+LARGEST_INT16 = (1 << 15) - 1
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -45,16 +49,57 @@ class _PermuteRows(torch.autograd.Function):
         return grad_RD.index_select(0, inverse_R), None, None
 
 
-def sort_order(keys_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stable sorting permutation of ``keys_R`` and its inverse, both [R] int64.
+class _Combine(torch.autograd.Function):
+    """Keeps the rows as they are for the backward pass, instead of a copy in fp32."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, order_R, inverse_R, weights_TK):  # type: ignore[no-untyped-def]
+        rows_TKD = rows_RD.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
+        ctx.save_for_backward(rows_TKD, order_R, weights_TK)
+        return torch.bmm(weights_TK[:, None], rows_TKD.float())[:, 0].to(rows_RD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        rows_TKD, order_R, weights_TK = ctx.saved_tensors
+        # In the order of the experts at once; fp32 weights make an fp32 product.
+        grad_RD = grad_TD.index_select(0, order_R // weights_TK.shape[1])
+        weights_R = weights_TK.reshape(-1)[order_R]
+        rows_gradient_RD = (grad_RD * weights_R[:, None]).to(rows_TKD.dtype)
+        rows_TDK = rows_TKD.float().transpose(1, 2)
+        weights_gradient_TK = torch.bmm(grad_TD.float()[:, None], rows_TDK)[:, 0]
+        return rows_gradient_RD, None, None, weights_gradient_TK
+
+
+class Grouping(NamedTuple):
+    """The permutation that makes each expert's rows neighbours.
+
+    Attributes:
+        order_R: the place before of each row after, int64.
+        inverse_R: the place after of each row before, int64.
+        counts_E: rows of each expert, int64.
+    """
+
+    order_R: torch.Tensor
+    inverse_R: torch.Tensor
+    counts_E: torch.Tensor
+
+
+def group_rows(ids_R: torch.Tensor, num_experts: int) -> Grouping:
+    """Group rows by the expert of each, ``ids_R`` int64, without a wait for the device.
 
     Stable, so that the order of an expert's rows, and with it the rounding of its gradient, is
     fixed.
     """
-    order_R = keys_R.argsort(stable=True)
+    # A radix sort makes a pass over all rows for each byte or so of its keys.
+    keys_R = ids_R.to(torch.int16) if num_experts <= LARGEST_INT16 else ids_R
+    sorted_R, order_R = keys_R.sort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    return order_R, inverse_R
+    # Where each expert's rows end. bincount would count too, but copies two values to the host
+    # first.
+    experts_E = torch.arange(num_experts, dtype=sorted_R.dtype, device=sorted_R.device)
+    ends_E = torch.searchsorted(sorted_R, experts_E, right=True)
+    return Grouping(order_R, inverse_R, ends_E.diff(prepend=ends_E.new_zeros(1)))
 
 
 def gather_tokens(
@@ -82,16 +127,13 @@ def combine(
 
     Accumulated in fp32, returned in the rows' dtype.
     """
-    T, K = weights_TK.shape
-    # The inverse comes first: this is the way back from expert order to token order.
-    rows_TKD = permute_rows(rows_RD, inverse_R, order_R).view(T, K, -1)
-    return torch.bmm(weights_TK[:, None], rows_TKD.float())[:, 0].to(rows_RD.dtype)
+    return _Combine.apply(rows_RD, order_R, inverse_R, weights_TK)
 
 
-def group_by_expert(counts_Pe: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The permutation, and its inverse, from order of arrival to rows grouped by local expert.
+def group_arrived(counts_Pe: torch.Tensor, num_rows: int) -> Grouping:
+    """Group rows by local expert after the exchange.
 
-    After the exchange, rows arrive source rank by source rank, each sorted by expert.
+    They arrive source rank by source rank, each sorted by expert.
 
     Args:
         counts_Pe: rows from each source rank for each local expert, [ep_size, e].
@@ -101,4 +143,4 @@ def group_by_expert(counts_Pe: torch.Tensor, num_rows: int) -> tuple[torch.Tenso
     expert_of_block = torch.arange(num_local, device=counts_Pe.device).repeat(ep_size)
     # output_size spares repeat_interleave a synchronisation with the device.
     expert_R = expert_of_block.repeat_interleave(counts_Pe.reshape(-1), output_size=num_rows)
-    return sort_order(expert_R)
+    return group_rows(expert_R, num_local)

@@ -29,9 +29,9 @@ from pretrain.model.moe.config import DroplessMoEConfig
 from pretrain.model.moe.dispatch import (
     combine,
     gather_tokens,
-    group_by_expert,
+    group_arrived,
+    group_rows,
     permute_rows,
-    sort_order,
 )
 from pretrain.model.moe.experts import ExpertBiases, ExpertForm, Experts
 from pretrain.model.moe.losses import router_statistics
@@ -202,8 +202,7 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         ):
             return self._one_token(x_TD, routing).view_as(x_BSD), None
         # [T, K] choices, flattened, sorted by expert: each expert's rows become contiguous.
-        order_R, inverse_R = sort_order(routing.topk_ids_TK.reshape(-1))
-        counts_E = torch.bincount(routing.topk_ids_TK.reshape(-1), minlength=self.num_experts)
+        order_R, inverse_R, counts_E = group_rows(routing.topk_ids_TK.reshape(-1), self.num_experts)
         rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
         rows_RD = (
             self._local_experts(rows_RD, counts_E)
@@ -252,13 +251,13 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             counts_E.int(),
         )
         arrived_RD = _AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
-        order_R, inverse_R = group_by_expert(plan.local_counts_by_source, arrived_RD.shape[0])
+        order_R, inverse_R, counts_e = group_arrived(
+            plan.local_counts_by_source, arrived_RD.shape[0]
+        )
         # A rank that received no row runs its experts all the same, for a gradient of zeros: the
         # reduction over the expert-data-parallel group expects one from each of its ranks.
         grouped_RD = permute_rows(arrived_RD, order_R, inverse_R)
-        grouped_RD = self.experts(
-            grouped_RD, plan.local_counts_by_source.sum(dim=0), self._local_biases()
-        )
+        grouped_RD = self.experts(grouped_RD, counts_e, self._local_biases())
         # The way back swaps the splits of the way there.
         return _AllToAllV.apply(
             self.ep_group,

@@ -15,9 +15,9 @@ from pretrain.model.feed_forward import ClampedSwiGLU, SwiGLU
 from pretrain.model.moe.dispatch import (
     combine,
     gather_tokens,
-    group_by_expert,
+    group_arrived,
+    group_rows,
     permute_rows,
-    sort_order,
 )
 from pretrain.model.moe.experts import (
     ExpertBiases,
@@ -39,7 +39,7 @@ def orders() -> tuple[torch.Tensor, torch.Tensor]:
             for token in range(T)
         ]
     )
-    return sort_order(ids_TK.flatten())
+    return group_rows(ids_TK.flatten(), E)[:2]
 
 
 def gradients_of(output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -57,10 +57,17 @@ def assert_all_close(
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
-def test_sort_order_is_stable_and_comes_with_its_inverse() -> None:
-    order_R, inverse_R = sort_order(torch.tensor([2, 0, 2, 1, 0]))
+@pytest.mark.parametrize("num_experts", [3, 4, 40_000])
+def test_rows_are_grouped_in_their_order_and_counted(num_experts: int) -> None:
+    last = num_experts - 1
+    order_R, inverse_R, counts_E = group_rows(torch.tensor([last, 0, last, 1, 0]), num_experts)
     assert order_R.tolist() == [1, 4, 3, 0, 2]
     assert order_R[inverse_R].tolist() == [0, 1, 2, 3, 4]
+    assert counts_E.tolist() == [2, 1, *[0] * (num_experts - 3), 2]
+
+
+def test_no_rows_are_grouped_too() -> None:
+    assert group_rows(torch.empty(0, dtype=torch.int64), 3).counts_E.tolist() == [0, 0, 0]
 
 
 def test_gathered_tokens_equal_plain_indexing(orders: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -122,7 +129,7 @@ def test_combine_adds_bf16_rows_in_fp32() -> None:
 def test_rows_from_several_ranks_are_grouped_by_local_expert() -> None:
     counts_Pe = torch.tensor([[2, 0, 1], [1, 3, 0]])
     names = ["p0e0", "p0e0", "p0e2", "p1e0", "p1e1", "p1e1", "p1e1"]
-    order_R, inverse_R = group_by_expert(counts_Pe, num_rows=7)
+    order_R, inverse_R, counts_e = group_arrived(counts_Pe, num_rows=7)
     assert [names[row] for row in order_R] == [
         "p0e0",
         "p0e0",
@@ -133,6 +140,7 @@ def test_rows_from_several_ranks_are_grouped_by_local_expert() -> None:
         "p0e2",
     ]
     assert order_R[inverse_R].tolist() == list(range(7))
+    assert counts_e.tolist() == [3, 3, 1]
 
 
 FORMS = {
