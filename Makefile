@@ -11,7 +11,7 @@ REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
 
 .PHONY: help requirements install quickstart lint test-unit test test-full
-.PHONY: benchmark bench-data bench-peer bench-training soak clean
+.PHONY: bench benchmark bench-data bench-peer bench-training soak clean
 
 help:
 	@echo "make quickstart      corpus, shards, pretraining, evaluation, export, text; 9 to 15 minutes on 2 cores"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-unit       tests of one process, minutes on 2 cores"
 	@echo "make test            lint, then the tests of one process and of real runs, about half an hour on 2 cores"
 	@echo "make test-full       lint, then all tests with the long matrices, hours"
+	@echo "make bench           steps, layers, texts and the start against DeepSpeed's, transformers' and plain PyTorch, hours"
 	@echo "make benchmark       tokens/s of two ranks against one plain process, paired"
 	@echo "make bench-data      data pipeline and loader against Megatron's, with the cost of each stage"
 	@echo "make bench-peer      PEER's table products; PEER against dense and dropless layers; MLA against GQA"
@@ -67,6 +68,9 @@ test: lint
 
 test-full: lint
 	$(PYTEST) $(BY_FILE)
+
+bench: install
+	$(BIN)/python benchmarks/against_peers.py --json benchmarks/results/against_peers.json
 
 benchmark: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/two_ranks_against_plain.py

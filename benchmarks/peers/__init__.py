@@ -1,0 +1,1 @@
+"""The sides of ``benchmarks/against_peers.py``."""

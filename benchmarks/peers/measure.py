@@ -1,0 +1,75 @@
+"""How a side is measured: CPU and wall time of repeated calls, peak memory, and the floor."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over the calls of one process.
+
+    Attributes:
+        cpu_seconds: of all threads of this process.
+        peak_bytes: resident, of the whole process.
+        floor_seconds: CPU time of the FLOPs of its products at the rate of one large product.
+    """
+
+    cpu_seconds: float
+    wall_seconds: float
+    peak_bytes: int
+    floor_seconds: float | None = None
+
+
+def timed(
+    call: Callable[[], object],
+    *,
+    warm_up: int,
+    repeats: int,
+    prepare: Callable[[], object] | None = None,
+    floor_seconds: float | None = None,
+) -> Measured:
+    """Measure a call; ``prepare`` runs before each one, outside of the clock."""
+    cpu, wall = [], []
+    for _ in range(warm_up + repeats):
+        if prepare is not None:
+            prepare()
+        began = time.process_time(), time.perf_counter()
+        call()
+        cpu.append(time.process_time() - began[0])
+        wall.append(time.perf_counter() - began[1])
+    return Measured(
+        statistics.median(cpu[warm_up:]),
+        statistics.median(wall[warm_up:]),
+        peak_bytes(),
+        floor_seconds,
+    )
+
+
+def since_the_start() -> Measured:
+    """What this process has taken since it began."""
+    import psutil
+
+    return Measured(time.process_time(), time.time() - psutil.Process().create_time(), peak_bytes())
+
+
+def peak_bytes() -> int:
+    """The peak of resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seconds_of_flops(flops: float, dtype_name: str) -> float:
+    """CPU seconds of so many FLOPs at the rate of one large product [1024, 2048] x [2048, 2048]."""
+    import torch
+
+    dtype = getattr(torch, dtype_name)
+    a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    out = torch.empty(1024, 2048, dtype=dtype)
+    best = min(
+        timed(lambda: torch.mm(a, b, out=out), warm_up=1, repeats=2).cpu_seconds for _ in range(4)
+    )
+    return flops / (2 * 1024 * 2048 * 2048) * best
