@@ -131,7 +131,7 @@ def _hidden_states(shape: Shape, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 
 
 def head_side(vocabulary: int, tokens: int, whole: bool) -> Callable[[], Measured]:
-    """A side that measures the head and its cross-entropy: in chunks, or with all logits at once."""
+    """A side that measures the head with its loss: in chunks, or with all logits at once."""
     size = 256
 
     def side() -> Measured:
