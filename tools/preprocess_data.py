@@ -399,7 +399,9 @@ def run(pool: Pool | None) -> None:
         )
     seconds = time.perf_counter() - started
     packing = pack(recipe, output)
-    command = next_command(arguments.recipe or EXAMPLE_RECIPE, arguments.overrides, output.path)
+    command = next_command(
+        arguments.recipe or EXAMPLE_RECIPE, arguments.overrides, recipe, output.path
+    )
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
     facts: JsonObject = {
         "folder": str(output.path),

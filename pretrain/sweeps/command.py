@@ -274,8 +274,22 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
         options,
         study,
         interrupted,
-        again=[shown(tool), "--output", str(options.output), *plugin_arguments()],
+        again=_again(options, tool),
     )
+
+
+def _again(options: argparse.Namespace, tool: Path) -> list[str]:
+    """The command that continues the sweep, with the options that the folder does not keep."""
+    command = [shown(tool), "--output", str(options.output), *plugin_arguments()]
+    if options.slots is not None:
+        command += ["--slots", str(options.slots)]
+    if not options.keep_going:
+        command.append("--no-keep-going")
+    if options.retry_failed:
+        command.append("--retry-failed")
+    if options.json_path is not None:
+        command += ["--json", options.json_path]
+    return command
 
 
 def _run_one(options: argparse.Namespace, study: Study) -> int:
