@@ -34,7 +34,7 @@ from pretrain.config.load import (
 )
 from pretrain.config.next_command import next_command
 from pretrain.config.recipe import Recipe
-from pretrain.config.timeline import Timeline
+from pretrain.config.timeline import block_tokens
 from pretrain.core.cli import (
     add_json_option,
     add_recipe_option,
@@ -353,7 +353,7 @@ def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
     packed = prepare_packing(
         load_datasets({"": str(output.path)}),
         recipe.data,
-        Timeline(recipe).block_tokens,
+        block_tokens(recipe),
         progress=True,
     )
     return (
