@@ -1,6 +1,8 @@
-"""The length of a run that is given in epochs, once its data are there."""
+"""What a run's length needs of its data: the samples of an epoch, and their packing."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from data_pipeline.loading.epoch import epoch_samples
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
@@ -52,3 +54,20 @@ def with_placeholder_length(recipe: Recipe) -> Recipe:
     epochs = recipe.train.epochs or 1.0
     update = {"epoch_samples": int((samples + 2 * largest * steps) / epochs) + 1}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=update)})
+
+
+def pack_if_planned(recipe: Recipe, path: Path) -> dict[str, float] | None:
+    """Pack the shards in a folder for the recipe's sequence length, if its packing is planned.
+
+    Training would do it at its start. Returns the shares of padding and of cut documents.
+    """
+    if not recipe.data.packing.is_planned:
+        return None
+    # It needs torch, which takes seconds to import.
+    from data_pipeline.loading.packing import prepare_packing
+
+    datasets = load_datasets({"": str(path)})
+    packed = prepare_packing(datasets, recipe.data, block_tokens(recipe), progress=True)
+    if packed is None:
+        return None
+    return {"padding_share": packed.padding_share, "truncated_share": packed.truncated_share}

@@ -25,8 +25,8 @@ from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
 from pretrain.checkpoint.validate import open_whole_weights
 from pretrain.checkpoint.weights import OPTIMIZER, RANK, WEIGHTS, file_of
 from pretrain.checkpoint.weights_only import tensor_shapes
-from pretrain.config.load import recipe_to_yaml
 from pretrain.config.epochs import with_epoch_samples
+from pretrain.config.load import recipe_to_yaml
 from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
