@@ -265,6 +265,33 @@ class DatasetsSource(SourceConfig):
         return self
 
 
+class KaggleSource(SourceConfig, RecordsBase):
+    """Files of a Kaggle data set, by Kaggle's own client.
+
+    Credentials come from the environment or from ~/.kaggle, never from a recipe.
+    """
+
+    implementation: ClassVar[str] = "data_pipeline.sources.kaggle:Kaggle"
+    kind: Literal["kaggle"]
+    dataset: Annotated[
+        str, Field(pattern=r"^[\w-]+/[\w.-]+$", description="owner/name, as in the page's address")
+    ]
+    version: Positive | None = Field(
+        None, description="number of the version; the newest by default, which the manifest names"
+    )
+    files: list[str] = Field(
+        [], description="names of files or folders in it, or patterns; all of its files by default"
+    )
+    format: Literal["jsonl", "csv", "parquet", "text", "line"] | None = Field(
+        None, description="of all files; by default that of each file's name"
+    )
+    encoding: Encoding = "utf-8"
+    stall_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="without a byte from Kaggle, after which an attempt has failed"
+    )
+    attempts: Positive = Field(4, description="of a download that the network breaks off")
+
+
 class StandardInputSource(SourceConfig, RecordsBase):
     """Text that is piped into the command.
 

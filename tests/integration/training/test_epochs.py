@@ -156,9 +156,7 @@ def test_a_dry_run_shows_the_steps_if_there_are_data_and_what_is_unknown_if_not(
         (["schedule={kind: cosine, warmup_steps: 2, warmup_share: 0.1}"], "not both"),
     ],
 )
-def test_one_number_says_how_long_a_run_is(
-    overrides: list[str], sentence: str, tiny: Tiny
-) -> None:
+def test_one_number_says_how_long_a_run_is(overrides: list[str], sentence: str, tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match=sentence):
         load_recipe(str(tiny.recipe), overrides)
 

@@ -17,7 +17,21 @@ from pretrain.run.arguments import parse_arguments
 from tests.support.paths import ROOT
 from tools import preprocess_data
 
-NASTY = ["my own", "a'b", 'c"d', "e$HOME", "f;g", "h*i", "ü", "#j", "k: l", "[m]", "{n}", "-o", "~p"]
+NASTY = [
+    "my own",
+    "a'b",
+    'c"d',
+    "e$HOME",
+    "f;g",
+    "h*i",
+    "ü",
+    "#j",
+    "k: l",
+    "[m]",
+    "{n}",
+    "-o",
+    "~p",
+]
 OPTIONS: list[list[list[str]]] = [
     [[], ["--recipe", "debug"], ["--recipe", "h64lm_mini"], ["--recipe", "moe_1b"]],
     [[], ["--input", "NASTY.txt"], ["--input", "NASTY.jsonl", "NASTY.txt"]],

@@ -158,7 +158,9 @@ def test_the_phases_of_h64lm_have_its_rows_epochs_and_regularisation() -> None:
         assert rate == pytest.approx(1e-4)
     assert phases[0].model == load_recipe("h64lm").model == phases[2].model
     last = phases[3].model
-    assert last.num_hidden_layers == 4 and last.dropout.attention == last.dropout.feed_forward == 0.2
+    assert (
+        last.num_hidden_layers == 4 and last.dropout.attention == last.dropout.feed_forward == 0.2
+    )
     assert last.moe is not None and last.moe.aux_loss_weight == 0.02
     assert phases[3].data_path == phases[0].data_path
     for before, after in ((0, 1), (1, 2)):
