@@ -45,7 +45,8 @@ class Analysis(TypedDict):
     """The command's result as JSON: counts of parameters, bytes and FLOPs.
 
     The tokens and FLOPs of the whole run are null if the recipe gives its length in epochs, and its
-    data are not there. The memory of ``memory`` is for weights, gradients and optimizer; activations come on top.
+    data are not there. The memory of ``memory`` is for weights, gradients and optimizer;
+    activations come on top.
     """
 
     recipe: str

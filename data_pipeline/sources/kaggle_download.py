@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-# Seconds without an answer, or between two pieces of one.
+# Seconds until a connection is there; between two pieces of a response the request says how many.
 CONNECT_SECONDS = 20.0
 # As earlier versions of the client read it: another address than api.kaggle.com, such as a mirror.
 ENDPOINT = "KAGGLE_API_ENDPOINT"
@@ -115,7 +115,7 @@ def is_wanted(name: str, patterns: list[str]) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the status of the server's answer; None if there was none."""
+    """Return the server's HTTP status; None if it sent none."""
     response = getattr(error, "response", None)
     return None if response is None else int(response.status_code)
 

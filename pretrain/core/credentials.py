@@ -12,13 +12,13 @@ from typing import Any
 from pretrain.core.errors import ConfigError
 
 NAME = re.compile(
-    r"(^|[_-])(api_?key|secret(_key)?|password|passwd|credentials?|access_key|private_key|kaggle_key"
+    r"(^|[_-])(api_?key|secret(_key)?|password|passwd|credentials?|(access|private|kaggle)_key"
     r"|(auth|access|api)_token)$|^token$",
     re.I,
 )
 # Keys as their issuers document them: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS,
-# Slack, Google, PyPI, Kaggle; JSON web tokens. Inside a URL: a password (unlike a port, it may contain a
-# slash), a token in its place, and the signature of a query.
+# Slack, Google, PyPI, Kaggle; JSON web tokens. Inside a URL: a password (unlike a port, it may
+# contain a slash), a token in its place, and the signature of a query.
 VALUE = re.compile(
     r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}"
     r"|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"

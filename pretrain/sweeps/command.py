@@ -18,11 +18,15 @@ from pretrain.core.cli import add_json_option, write_json
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import DONE, PREEMPTED, USAGE, ConfigError
 from pretrain.core.files import JsonObject, only_writer
-from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import DEFAULT_DS_CONFIG, shown
+from pretrain.core.shipped import DEFAULT_DS_CONFIG
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.sweeps.axes import Point, parse_axis
-from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
+from pretrain.sweeps.launch import (
+    continuing_command,
+    reached_step,
+    slot_devices,
+    visible_gpus,
+)
 from pretrain.sweeps.plan import REFUSALS_SHOWN, planned_study, searching
 from pretrain.sweeps.progress import SweepProgress
 from pretrain.sweeps.report import terminal_table, write_report
@@ -274,22 +278,8 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
         options,
         study,
         interrupted,
-        again=_again(options, tool),
+        again=continuing_command(options, tool),
     )
-
-
-def _again(options: argparse.Namespace, tool: Path) -> list[str]:
-    """The command that continues the sweep, with the options that the folder does not keep."""
-    command = [shown(tool), "--output", str(options.output), *plugin_arguments()]
-    if options.slots is not None:
-        command += ["--slots", str(options.slots)]
-    if not options.keep_going:
-        command.append("--no-keep-going")
-    if options.retry_failed:
-        command.append("--retry-failed")
-    if options.json_path is not None:
-        command += ["--json", options.json_path]
-    return command
 
 
 def _run_one(options: argparse.Namespace, study: Study) -> int:

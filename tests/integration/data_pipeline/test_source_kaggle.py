@@ -33,7 +33,7 @@ FILES = {
 
 
 class Server(ThreadingHTTPServer):
-    """A data set of two versions; ``trouble`` makes answers go wrong."""
+    """A data set of two versions; ``trouble`` makes responses go wrong."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

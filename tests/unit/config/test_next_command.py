@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import shlex
 import sys
@@ -122,3 +123,20 @@ def test_plugins_ds_config_and_launcher_are_kept(monkeypatch: pytest.MonkeyPatch
         *("--recipe", "my recipe.yaml", "--set", "a.b=c d"),
     ]
     assert training_command("debug").startswith("python launchers/pretrain.py --ds_config zero1")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_command_that_continues_a_sweep_keeps_how_it_is_run(seed: int, tmp_path: Path) -> None:
+    from pretrain.sweeps.command import add_sweep_options
+    from pretrain.sweeps.launch import continuing_command
+
+    source = random.Random(seed)
+    parser = argparse.ArgumentParser()
+    add_sweep_options(parser)
+    words = ["--output", f"{tmp_path}/{source.choice(NASTY)} sweep"]
+    for option in (["--slots", "3"], ["--no-keep-going"], ["--retry-failed"], ["--json", "a b"]):
+        words += option * source.randrange(2)
+    options = parser.parse_args(words)
+    line = shlex.join(continuing_command(options, ROOT / "tools" / "sweep.py"))
+    tool, *again = shlex.split(line)
+    assert tool.endswith("tools/sweep.py") and parser.parse_args(again) == options
