@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from data_pipeline.cleaning.config import Cleaning, FillInTheMiddle
-from data_pipeline.sources.config import PythonStdlibSource, SourceConfig, SplitBy
+from data_pipeline.sources.config import DatasetsSource, PythonStdlibSource, SourceConfig, SplitBy
 from data_pipeline.tokenizer.config import TokenizerConfig, TrainBPE
 from pretrain.core.registry import OneOf
 from pretrain.core.section import NonNegative, Positive, Section, Share
@@ -120,6 +120,27 @@ class BestFit(PackingBase):
 Packing = Annotated[Concatenate | BestFit, Field(discriminator="kind")]
 
 
+def _own_splits(name: Any, section: Any) -> list[tuple[Any, Any]]:
+    """Return a section by its name, or the two that a ``validation_split`` makes of it."""
+    if isinstance(section, DatasetsSource):
+        section = section.model_dump()
+    if not isinstance(section, dict) or section.get("validation_split") is None:
+        return [(name, section)]
+    held_out = section["validation_split"]
+    if section.get("split", "hash") != "hash":
+        raise ValueError(
+            f"'validation_split' of the source '{name}' says what is held out: leave 'split' out"
+        )
+    rest = {key: value for key, value in section.items() if key != "validation_split"}
+    # What limits the training data does not shorten the other split.
+    limits = ("max_samples", "max_documents", "data_files")
+    own = {key: value for key, value in rest.items() if key not in limits}
+    return [
+        (name, {**rest, "split": "train"}),
+        (f"{name}_validation", {**own, "dataset_split": held_out, "split": "validation"}),
+    ]
+
+
 class DataConfig(Section):
     """The data of a run: sources, tokenizer, cleaning, split, mixture and packing."""
 
@@ -141,6 +162,15 @@ class DataConfig(Section):
     validation_share: Annotated[
         float, Field(ge=0.0, lt=1.0, description="share of documents held out, by a hash")
     ] = 0.05
+    # Left out of a dump if it is not given, so that data from before it is still known.
+    validation_documents: Positive | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "documents held out, exactly, instead of validation_share: those with the lowest hashes."
+            " The input is read once more to find them"
+        ),
+    )
     split_by: SplitBy = Field(
         "content",
         description=(
@@ -209,6 +239,52 @@ class DataConfig(Section):
         if self.split_root is not None and self.split_by != "path":
             raise ValueError("'split_root' belongs to split_by: path")
         return self
+
+    @model_validator(mode="after")
+    def _an_exact_split_is_possible(self) -> DataConfig:
+        if self.validation_documents is None:
+            return self
+        by_name = self.cleaning.exact_duplicates and self.split_by != "content"
+        refused = {
+            "streaming, which has streaming_validation_documents for it": self.streaming,
+            "cleaning.near_duplicates, which removes documents later": (
+                self.cleaning.near_duplicates is not None
+            ),
+            f"split_by: {self.split_by} and cleaning.exact_duplicates, which removes documents"
+            " later": by_name,
+            "a source of split: validation, which is held out already": any(
+                source.split == "validation" for source in self.named_sources.values()
+            ),
+        }
+        for what, is_used in refused.items():
+            if is_used:
+                raise ValueError(
+                    f"'validation_documents' does not go with {what}: leave one of them out"
+                )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_splits_are_two_sources(cls, content: Any) -> Any:
+        """Make two sources of one whose data set brings its own validation split."""
+        if not isinstance(content, dict):
+            return content
+        source, sources = content.get("source"), content.get("sources")
+        named = {"all": source} if sources is None else sources
+        if (source is not None and sources is not None) or not isinstance(named, dict):
+            return content
+        expanded: dict[Any, Any] = {}
+        for name, section in named.items():
+            for part, own in _own_splits(name, section):
+                if part in expanded or (part != name and part in named):
+                    raise ValueError(
+                        f"'{name}' with a validation_split needs the name '{part}' too: rename the"
+                        " source that has it"
+                    )
+                expanded[part] = own
+        if len(expanded) == len(named):
+            return content
+        return {**content, "source": None, "sources": expanded}
 
     @property
     def leaves_out_labels(self) -> bool:

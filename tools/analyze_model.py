@@ -16,9 +16,10 @@ startup.prepare()  # before the slow imports
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.config.epochs import with_known_length
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
-from pretrain.config.timeline import Timeline
+from pretrain.config.timeline import Timeline, has_known_length
 from pretrain.core.cli import add_json_option, add_recipe_options, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.figures import save_figure
@@ -43,7 +44,9 @@ MemoryByLayout = dict[str, dict[str, dict[str, int]]]
 class Analysis(TypedDict):
     """The command's result as JSON: counts of parameters, bytes and FLOPs.
 
-    The memory of ``memory`` is for weights, gradients and optimizer; activations come on top.
+    The tokens and FLOPs of the whole run are null if the recipe gives its length in epochs, and its
+    data are not there. The memory of ``memory`` is for weights, gradients and optimizer;
+    activations come on top.
     """
 
     recipe: str
@@ -57,8 +60,8 @@ class Analysis(TypedDict):
     components_active: dict[str, int]
     sequence_length: int
     flops_per_token: float
-    train_tokens: int
-    train_flops: float
+    train_tokens: int | None
+    train_flops: float | None
     precision: str
     world_size: int
     ep_size: int
@@ -151,7 +154,8 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
     """All figures of a recipe's model on ``world_size`` ranks."""
     model = sized_model(recipe)
     train = recipe.train
-    timeline = Timeline(recipe)
+    recipe = with_known_length(recipe)
+    timeline = Timeline(recipe) if has_known_length(recipe) else None
     size = model_size(model, train.sequence_length)
     precision = "bf16" if train.precision == "auto" else train.precision
     context = model.max_position_embeddings
@@ -167,8 +171,8 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
         "components_active": size.components_active,
         "sequence_length": train.sequence_length,
         "flops_per_token": size.flops_per_token,
-        "train_tokens": timeline.num_tokens,
-        "train_flops": train_flops(model, timeline),
+        "train_tokens": None if timeline is None else timeline.num_tokens,
+        "train_flops": None if timeline is None else train_flops(model, timeline),
         "precision": precision,
         "world_size": world_size,
         "ep_size": recipe.parallel.ep_size,
@@ -227,7 +231,11 @@ def cost_rows(result: Analysis) -> dict[str, str]:
             f"{result['flops_per_token']:.4g}, forward and backward, in sequences of"
             f" {result['sequence_length']:,}"
         ),
-        "whole run": f"{result['train_flops']:.4g} FLOPs over {result['train_tokens']:,} tokens",
+        "whole run": (
+            "not known before there are data: its length is given in epochs"
+            if result["train_flops"] is None
+            else f"{result['train_flops']:.4g} FLOPs over {result['train_tokens']:,} tokens"
+        ),
         "activations": (
             f"about {result['activation_bytes_per_rank'] / 1e9:.2f} GB a rank for a micro batch in"
             f" {result['precision']}"

@@ -19,13 +19,13 @@ from pretrain.core import startup  # not found? Run `pip install -e .` in the ch
 
 startup.prepare()  # before the slow imports
 
-from data_pipeline.config import BestFit
 from data_pipeline.preprocess.coordinator import BuildResult, build
 from data_pipeline.preprocess.import_shards import ImportResult, import_shards
 from data_pipeline.preprocess.pool import Pool, mpi_pool, mpi_size
 from data_pipeline.preprocess.result_table import print_result
 from data_pipeline.preprocess.workspace import Output
-from data_pipeline.sources.guess import sources_of
+from data_pipeline.sources.guess import limit_rows, sources_of
+from pretrain.config.epochs import pack_if_planned
 from pretrain.config.load import (
     apply_override,
     import_plugins,
@@ -34,7 +34,6 @@ from pretrain.config.load import (
 )
 from pretrain.config.next_command import next_command
 from pretrain.config.recipe import Recipe
-from pretrain.config.timeline import Timeline
 from pretrain.core.cli import (
     add_json_option,
     add_recipe_option,
@@ -75,6 +74,14 @@ SOURCE_OPTIONS = {
     "encoding": ("jsonl", "csv", "text", "stdin"),
     "quoting": ("csv",),
 }
+OF_DATA = (
+    "validation_share",
+    "validation_documents",
+    "split_by",
+    "max_shard_bytes",
+    "on_bad",
+    "max_bad_share",
+)
 OF_INPUT = ("format", "dataset_config", "dataset_split", *SOURCE_OPTIONS)
 
 
@@ -125,6 +132,12 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         help="field of a record with the text, a.b for b inside a (default: text)",
     )
     source.add_argument("--id-field", metavar="NAME", help="field that names a document for ever")
+    source.add_argument(
+        "--max-samples",
+        type=int,
+        metavar="N",
+        help="rows that are read of each data set, from its start; -1: all (default)",
+    )
     source.add_argument(
         "--on-bad",
         choices=["skip", "fail"],
@@ -210,6 +223,12 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         help="share of documents held out, from 0 to below 1",
     )
     output.add_argument(
+        "--validation-documents",
+        type=int,
+        metavar="N",
+        help="hold out exactly N documents instead of a share of them",
+    )
+    output.add_argument(
         "--split-by",
         choices=["content", "path", "id"],
         help="what decides whether a document is held out: its text (default), file or --id-field",
@@ -235,10 +254,10 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
         content["data"], origin = {}, "the command line"
     content["data"] = data = dict(content.get("data") or {})
     if arguments.output_prefix:
-        data |= {"validation_share": 0.0, "max_shard_bytes": None}
+        data |= {"validation_share": 0.0, "validation_documents": None, "max_shard_bytes": None}
     if arguments.import_shards:
         _check_import(arguments)
-        data["validation_share"] = 0.0  # unless the command says more
+        data |= {"validation_share": 0.0, "validation_documents": None}
     if arguments.input:
         _set_sources(data, arguments)
     elif unused := [name for name in OF_INPUT if getattr(arguments, name) is not None]:
@@ -247,7 +266,9 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
             " field of the recipe's source with --set"
         )
     _set_tokenizer(data, arguments)
-    for name in ("validation_share", "split_by", "max_shard_bytes", "on_bad", "max_bad_share"):
+    if arguments.max_samples is not None:
+        limit_rows(data, arguments.max_samples)
+    for name in OF_DATA:
         if getattr(arguments, name) is not None:
             data[name] = getattr(arguments, name)
     for override in arguments.overrides:
@@ -261,6 +282,8 @@ def _check_import(arguments: argparse.Namespace) -> None:
     for name in (
         "input",
         "output_prefix",
+        "max_samples",
+        "validation_documents",
         "append_eod",
         "engine",
         "split_by",
@@ -339,30 +362,6 @@ def _output(arguments: argparse.Namespace, data_path: str | None) -> Output:
     return Output(Path(folder))
 
 
-def pack(recipe: Recipe, output: Output) -> dict[str, float] | None:
-    """Pack the shards for the recipe's sequence length if its packing is planned.
-
-    Training would do it at its start. Returns the shares of padding and of cut documents.
-    """
-    if not isinstance(recipe.data.packing, BestFit):
-        return None
-    # These need torch, which takes seconds to import.
-    from data_pipeline.loading.packing import prepare_packing
-    from data_pipeline.shards.datasets import load_datasets
-
-    packed = prepare_packing(
-        load_datasets({"": str(output.path)}),
-        recipe.data,
-        Timeline(recipe).block_tokens,
-        progress=True,
-    )
-    return (
-        {"padding_share": packed.padding_share, "truncated_share": packed.truncated_share}
-        if packed
-        else None
-    )
-
-
 def show_warnings() -> None:
     """Send the pipeline's warnings to standard error, since there is no log file."""
     handler = logging.StreamHandler()
@@ -398,8 +397,10 @@ def run(pool: Pool | None) -> None:
             recipe.data, output, arguments.fresh, True, arguments.workers, pool, arguments.engine
         )
     seconds = time.perf_counter() - started
-    packing = pack(recipe, output)
-    command = next_command(arguments.recipe or EXAMPLE_RECIPE, arguments.overrides, output.path)
+    packing = pack_if_planned(recipe, output.path)
+    command = next_command(
+        arguments.recipe or EXAMPLE_RECIPE, arguments.overrides, recipe, output.path
+    )
     summary = result.manifest.model_dump(mode="json", exclude_none=True)
     facts: JsonObject = {
         "folder": str(output.path),

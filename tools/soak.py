@@ -118,6 +118,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
             "logging.interval_steps=1",
             *options.overrides,
             f"train.train_tokens={tokens}",
+            "train.epochs=null",
         ),
         seed=options.seed,
         orphan_seconds=options.orphan_seconds,

@@ -8,7 +8,6 @@ This is sparse upcycling (Komatsuzaki et al. 2023); feed-forwards may also be sp
 from __future__ import annotations
 
 import argparse
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
@@ -20,11 +19,10 @@ startup.prepare()  # before the slow imports
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.checkpoint.weights_only import write_weights_folder
+from pretrain.config.next_command import fewest_ranks, training_command
 from pretrain.config.recipe import Recipe
 from pretrain.core.cli import add_json_option, add_set_option, command_parser, write_json
 from pretrain.core.errors import CheckpointError, ConfigError, run_command
-from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import LAUNCHERS, shown
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.merging.assembly import moe_recipe
 from pretrain.merging.options import add_scoring_options, scoring_of
@@ -219,16 +217,13 @@ def main(arguments: list[str] | None = None) -> None:
                 f"held-out loss: dense {result['loss_before']:.6f}, mixture"
                 f" {result['loss_after']:.6f} nats per token"
             )
-        start = [
-            "python",
-            shown(LAUNCHERS / "pretrain.py"),
-            "--recipe",
-            f"{options.output}/recipe.yaml",
-            "--set",
-            f"initial_weights={options.output}",
-            *plugin_arguments(),
-        ]
-        print(f"train on: {shlex.join(start)}")
+        recipe_file = options.output / "recipe.yaml"
+        start = training_command(
+            recipe_file,
+            [f"initial_weights={options.output}"],
+            ranks=fewest_ranks(read_recipe(options.output), at_least=1),
+        )
+        print(f"train on: {start}")
     write_json(result, options.json_path)
 
 

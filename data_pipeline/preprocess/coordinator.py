@@ -23,6 +23,7 @@ from data_pipeline.preprocess import manifest_writer
 from data_pipeline.preprocess.bad_share import BadShares
 from data_pipeline.preprocess.duplicates import UnitKeys, mark_duplicates
 from data_pipeline.preprocess.engine import fit_engine
+from data_pipeline.preprocess.exact_split import STAGE, check_exact_split, exact_split, place_unit
 from data_pipeline.preprocess.incremental_merge import GrowingShards
 from data_pipeline.preprocess.merge import ShardCutter, ShardPlan, ShardRecord, write_shard
 from data_pipeline.preprocess.plan import (
@@ -34,6 +35,7 @@ from data_pipeline.preprocess.plan import (
 )
 from data_pipeline.preprocess.pool import Pool, default_workers, local_pool
 from data_pipeline.preprocess.reader import Task
+from data_pipeline.preprocess.reuse import matching_manifest
 from data_pipeline.preprocess.tokenizer_sample import sample_shares, train_tokenizer
 from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.preprocess.units import collect, followed, is_usable, judged
@@ -45,7 +47,6 @@ from data_pipeline.preprocess.worker import (
     encode_unit,
     looks_for_duplicates,
     sample_unit,
-    scan_unit,
     unit_folder,
 )
 from data_pipeline.preprocess.workspace import (
@@ -61,7 +62,7 @@ from data_pipeline.preprocess.workspace import (
     remove_unused,
 )
 from data_pipeline.shards.indexed import token_dtype
-from data_pipeline.shards.manifest import Manifest, load_manifest, verify
+from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.split import SPLITS, SplitPlan, plan_split
 from data_pipeline.tokenizer.config import ExistingTokenizer, TrainedTokenizer
 from data_pipeline.tokenizer.configured import check_kind, load_configured
@@ -145,42 +146,9 @@ def build(
         if pool is None:
             pool = stack.enter_context(local_pool(workers or default_workers(plan.input_bytes)))
         if output.manifest.exists() and not fresh:
-            return BuildResult(
-                output, _matching_manifest(output, plan, pool, progress), reused=True
-            )
+            return BuildResult(output, matching_manifest(output, plan, pool, progress), reused=True)
         workspace = Workspace(output.staging, identity)
         return Build(plan, output, workspace.folder, pool, progress).run(given, engine)
-
-
-def _matching_manifest(output: Output, plan: BuildPlan, pool: Pool, progress: bool) -> Manifest:
-    """The manifest that is there, where it is of the same request and input.
-
-    Files with other times may still have the same content: then they are read and compared. A
-    stream is not read to its end for that.
-    """
-    manifest = load_manifest(output.path)
-    if manifest.request_sha256 != plan.request_sha256:
-        raise ConfigError(
-            f"{output.path} holds data of another corpus, tokenizer or cleaning: choose another"
-            " folder, or pass --fresh to replace it"
-        )
-    if manifest.inputs_sha256 != plan.inputs_sha256:
-        other = ConfigError(
-            f"{output.path} holds data of another corpus: choose another folder, or pass --fresh to"
-            " replace it"
-        )
-        if plan.config.streaming:
-            raise other
-        task = Task(plan.config, str(output.staging), SplitPlan(plan.config.validation_share))
-        jobs = [(task, number, unit) for number, unit in enumerate(plan.units)]
-        records = collect(pool.run(scan_unit, jobs), plan, "comparing", progress)
-        found = {
-            name: manifest_writer.source_sha256(records, name) for name in plan.config.named_sources
-        }
-        if found != {name: source.sha256 for name, source in manifest.sources.items()}:
-            raise other
-    verify(manifest)
-    return manifest
 
 
 class Build:
@@ -199,6 +167,8 @@ class Build:
 
     def run(self, given: Tokenizer | None, engine: str | None) -> BuildResult:
         """Run all phases and publish; without a tokenizer or an engine, train or choose one."""
+        if self.config.validation_documents is not None:
+            self.task = replace(self.task, split=self._exact_split())
         tokenizer = given or self._trained_tokenizer()
         write_synced(self.workspace / "tokenizer.json", tokenizer.content)
         self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)
@@ -220,6 +190,7 @@ class Build:
         manifest, names = manifest_writer.describe(
             self.plan, self.output, self.workspace, records, shards, tokenizer
         )
+        check_exact_split(self.config, manifest)
         write_synced(self.workspace / "shards" / self.output.tokenizer, tokenizer.content)
         content = (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode()
         publish(self.workspace, self.output, [self.output.tokenizer, *names], content)
@@ -320,8 +291,16 @@ class Build:
                 " they are at rest"
             )
 
+    def _exact_split(self) -> SplitPlan:
+        """Read the input for the places of its documents, and return the split of so many."""
+        numbers = list(range(len(self.plan.units)))
+        self._run(place_unit, STAGE, self.task, numbers, "counting documents")
+        return exact_split(self.workspace, numbers, self.config)
+
     def _split_plan(self, records: list[UnitRecord]) -> SplitPlan:
         config = self.config
+        if config.validation_documents is not None:
+            return self.task.split
         hashed = sum(record.hashed for record in records)
         places = (
             place

@@ -174,6 +174,7 @@ def _source_entry(
     return SourceEntry(
         kind=section.kind,
         python_version=platform.python_version() if section.kind == "python_stdlib" else None,
+        revision=plan.revisions.get(name),
         sha256=source_sha256(records, name),
         records=sum(record.records for record in mine),
         documents=of_source(account.documents),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ class BuildPlan:
     Attributes:
         request_sha256: of the configuration that decides what is written.
         inputs_sha256: of the units with their stamps.
+        revisions: the version that was read of each source that has one, by the source's name.
     """
 
     config: DataConfig
     units: list[Unit]
     request_sha256: str
     inputs_sha256: str
+    revisions: dict[str, str] = field(default_factory=dict)
 
     @property
     def input_bytes(self) -> int:
@@ -149,7 +151,10 @@ def plan_build(
     evaluation = [stamp_of(path)[1] for path in list_files(against)]
     listed = [[unit.source, list(unit.files), unit.start, unit.end, unit.stamp] for unit in units]
     inputs = canonical_sha256({"units": listed, "evaluation": evaluation})
-    return BuildPlan(config, units, request_sha256(config, given), inputs)
+    revisions = {
+        name: source.revision for name, source in sources.items() if source.revision is not None
+    }
+    return BuildPlan(config, units, request_sha256(config, given), inputs, revisions)
 
 
 def _units(config: DataConfig, sources: dict[str, Source], unit_bytes: int) -> list[Unit]:

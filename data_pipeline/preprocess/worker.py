@@ -69,7 +69,7 @@ def sample_unit(job: Job) -> UnitRecord:
             for document, digest, where in reader.documents_with_split():
                 if (digest & 0xFFFFFFFF) / 2**32 < share:
                     stream.write(orjson.dumps([where, document.text]) + b"\n")
-        return _finish(folder, job, reader.record())
+        return finish_unit(folder, job, reader.record())
 
 
 def encode_unit(job: Job) -> UnitRecord:
@@ -104,7 +104,9 @@ def encode_unit(job: Job) -> UnitRecord:
         splits, checksums = part.finish()
         # The record says that the unit is complete, so the report must be on its way before.
         report.flush()
-        return _finish(folder, job, replace(reader.record(), splits=splits, checksums=checksums))
+        return finish_unit(
+            folder, job, replace(reader.record(), splits=splits, checksums=checksums)
+        )
 
 
 def encode_ahead(job: Job) -> None:
@@ -127,7 +129,7 @@ def choose(job: tuple[Task, list[str]]) -> str:
     return choose_engine(_tokenizer(task), sample).name
 
 
-def _finish(folder: Path, job: Job, record: UnitRecord) -> UnitRecord:
+def finish_unit(folder: Path, job: Job, record: UnitRecord) -> UnitRecord:
     """Complete a unit's record, and write it."""
     # Merging trusts a part as it is, unless the machine has been restarted since: see is_usable.
     record = replace(record, plan=unit_plan(job[0]), boot=boot_id())

@@ -117,7 +117,7 @@ class Workspace:
             for path in folder.iterdir():
                 if not path.name.startswith("input-"):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in ("units", "samples", "shards"):
+        for name in ("places", "units", "samples", "shards"):
             (folder / name).mkdir(exist_ok=True)
         shutil.rmtree(folder / "attempts", ignore_errors=True)
         (folder / "attempts").mkdir()

@@ -60,6 +60,7 @@ class SourceEntry(ManifestPart):
     """Counts of one source's records, documents and tokens.
 
     Attributes:
+        revision: the version of the data set that was read, for sources that have one.
         sha256: covers every document that was read, its name and its text, in order.
         records: all that were read: ``documents`` + ``bad`` + ``left_out`` + ``dropped``.
         documents, tokens, utf8_bytes: what the shards hold of it.
@@ -73,6 +74,7 @@ class SourceEntry(ManifestPart):
 
     kind: str
     python_version: str | None = None
+    revision: str | None = None
     sha256: str
     records: int
     documents: int

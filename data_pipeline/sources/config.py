@@ -216,6 +216,9 @@ class DatasetsSource(SourceConfig):
     """
 
     implementation: ClassVar[str] = "data_pipeline.sources.datasets_source:HubDatasets"
+    reasons: ClassVar[Mapping[str, str]] = {
+        "blank_row": "a blank row between others, with group: rows"
+    }
     kind: Literal["datasets"]
     preset: Preset | None = None
     dataset: str | None = Field(None, description="hub name, or the path of a local folder")
@@ -227,16 +230,66 @@ class DatasetsSource(SourceConfig):
     text_field: str | None = None
     id_field: str | None = None
     metadata_fields: list[str] = []
-    group: Literal["wikitext_articles"] | None = Field(
-        None, description="rows that belong to one document are joined"
+    group: Literal["wikitext_articles", "rows"] | None = Field(
+        None,
+        description=(
+            "what rows become a document: wikitext_articles joins them from one heading to the"
+            " next; rows takes each that is not blank, also with a preset that joins them"
+        ),
     )
     max_documents: Positive | None = None
+    # Both are left out of a dump if they are not given, so that data from before them is known.
+    max_samples: Annotated[int, Field(ge=-1)] = Field(
+        -1,
+        exclude_if=lambda value: value == -1,
+        description=(
+            "rows that are read from the start, blank ones included and before 'group' joins them;"
+            " -1: all of them"
+        ),
+    )
+    validation_split: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "split of the data set that is held out, such as validation or test; all of"
+            " dataset_split is trained on then, and the data section has two sources"
+        ),
+    )
 
     @model_validator(mode="after")
     def _names_something(self) -> DatasetsSource:
         if self.preset is None and self.dataset is None:
             raise ValueError("name a data set with 'dataset', or take a 'preset'")
+        if self.max_samples == 0:
+            raise ValueError("'max_samples' of 0 reads nothing: give at least 1, or -1 for all")
         return self
+
+
+class KaggleSource(SourceConfig, RecordsBase):
+    """Files of a Kaggle data set, by Kaggle's own client.
+
+    Credentials come from the environment or from ~/.kaggle, never from a recipe.
+    """
+
+    implementation: ClassVar[str] = "data_pipeline.sources.kaggle:Kaggle"
+    kind: Literal["kaggle"]
+    dataset: Annotated[
+        str, Field(pattern=r"^[\w-]+/[\w.-]+$", description="owner/name, as in the page's address")
+    ]
+    version: Positive | None = Field(
+        None, description="number of the version; the newest by default, which the manifest names"
+    )
+    files: list[str] = Field(
+        [], description="names of files or folders in it, or patterns; all of its files by default"
+    )
+    format: Literal["jsonl", "csv", "parquet", "text", "line"] | None = Field(
+        None, description="of all files; by default that of each file's name"
+    )
+    encoding: Encoding = "utf-8"
+    stall_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="without a byte from Kaggle, after which an attempt has failed"
+    )
+    attempts: Positive = Field(4, description="of a download that the network breaks off")
 
 
 class StandardInputSource(SourceConfig, RecordsBase):

@@ -59,10 +59,15 @@ class HubDatasets(Source[DatasetsSource]):
 
     def __init__(self, config: DatasetsSource, context: ReadContext) -> None:
         super().__init__(fill_in(config), context)
-        if self.config.group and self.config.id_field:
+        if self.config.group == "wikitext_articles" and self.config.id_field:
             raise ConfigError(
                 f"source '{context.name}': rows that 'group' joins share no id: leave out"
                 " 'id_field' or 'group'"
+            )
+        if self.config.max_samples > 0 and config.streaming:
+            raise ConfigError(
+                f"source '{context.name}': max_samples counts rows of a table, which a stream is"
+                " not: leave it out, or limit the stream with max_documents"
             )
         # A copy without the hub's README knows nothing of the config that a preset names.
         self._config_is_optional = config.config is None
@@ -88,12 +93,13 @@ class HubDatasets(Source[DatasetsSource]):
         rows_of_unit = max(1, unit_bytes * len(table) // max(table.data.nbytes, 1))
         row_bytes = table.data.nbytes / max(len(table), 1)
         limit = self.config.max_documents or len(table)
-        if self.config.group:
+        rows = self._num_rows
+        if self.config.group == "wikitext_articles":
             starts = self._article_starts()
-            end = int(starts[limit]) if limit < len(starts) else len(table)
+            end = min(int(starts[limit]), rows) if limit < len(starts) else rows
         else:
             starts = None
-            end = min(limit, len(table))
+            end = min(limit, rows)
         units = []
         start = 0
         while start < end:
@@ -121,7 +127,7 @@ class HubDatasets(Source[DatasetsSource]):
                 f"the data set '{self.name}' changed while it was read: run the same command again"
             )
         rows: Iterator[Row | LeftOut] = self._rows(unit)
-        if self.config.group:
+        if self.config.group == "wikitext_articles":
             results = self._articles(rows)
         else:
             to_document = RecordReader(self._fields)
@@ -129,6 +135,8 @@ class HubDatasets(Source[DatasetsSource]):
                 row if isinstance(row, LeftOut) else document_of(to_document, row, self.name)
                 for row in rows
             )
+            if self.config.group == "rows":
+                results = map(_blank_on_purpose, results)
         yield from (
             itertools.islice(results, self.config.max_documents)
             if self.config.streaming
@@ -207,6 +215,12 @@ class HubDatasets(Source[DatasetsSource]):
                 ),
             )
         return Document("".join(lines), f"{self.name}:{first}")
+
+    @property
+    def _num_rows(self) -> int:
+        """The rows that are read: all of the table, or ``max_samples`` of them."""
+        rows, wanted = len(self._table), self.config.max_samples
+        return rows if wanted < 0 else min(rows, wanted)
 
     def _article_starts(self) -> np.ndarray:
         """Return the numbers of the heading rows; rows before the first one belong to it."""
@@ -350,6 +364,13 @@ class HubDatasets(Source[DatasetsSource]):
         ):
             return None
         return config
+
+
+def _blank_on_purpose(result: Document | LeftOut) -> Document | LeftOut:
+    """Return what a row gives where blank rows stand between the others, and are no damage."""
+    if isinstance(result, LeftOut) and result.reason == "empty":
+        return result._replace(reason="blank_row", detail="", is_bad=False)
+    return result
 
 
 def saved_splits(path: str) -> list[str]:

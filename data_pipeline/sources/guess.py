@@ -119,3 +119,24 @@ def _kind_by_name(path: str) -> str:
     if found == JSON:
         return JSONL
     return found if found in RECORDS else "text"
+
+
+def limit_rows(data: JsonObject, rows: int) -> None:
+    """Limit each data set of a data section, as a mapping, to its first rows.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    named = data.get("sources") or {"": data.get("source")}
+    sections = [
+        section
+        for section in named.values()
+        if isinstance(section, dict) and section.get("kind") == DATASETS
+    ]
+    if not sections:
+        raise ConfigError(
+            "--max-samples counts rows of data sets (kind: datasets), and no source is one: leave"
+            " it out"
+        )
+    for section in sections:
+        section["max_samples"] = rows

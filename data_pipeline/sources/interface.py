@@ -160,6 +160,8 @@ class Source(ABC, Generic[ConfigT]):
             number its own.
         notes: what in the documents of that unit is worth a look, counted by a key of ``NOTES`` or
             of the kind's own ``notes``; the reader clears it before each unit.
+        revision: the version of what was read, once the units are listed; None for sources that
+            have none.
         has_files: its documents are in files that have paths.
         has_ids: it fills ``Document.key`` without the section's ``id_field``.
 
@@ -174,6 +176,7 @@ class Source(ABC, Generic[ConfigT]):
         self.config = config
         self.context = context
         self.lines_read = 0
+        self.revision: str | None = None
         self.notes: Counter[str] = Counter()
         if config.split == "hash":
             self._check_split()

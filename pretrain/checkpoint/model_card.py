@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from pretrain.checkpoint.state import CheckpointState
+from pretrain.config.epochs import with_placeholder_length
 from pretrain.config.recipe import Recipe
-from pretrain.config.timeline import Timeline
+from pretrain.config.timeline import Timeline, has_known_length
 
 INTENDED_USE = (
     "Research on the pretraining of language models. It is a base model: it continues a text, and "
@@ -118,10 +119,14 @@ def _data(recipe: Recipe, state: CheckpointState) -> list[str]:
 def _training(recipe: Recipe, state: CheckpointState) -> list[str]:
     optimizer = recipe.optimizer
     schedule = recipe.schedule
-    # Exports make a card of a recipe alone, so there is no run to take the timeline from.
-    timeline = Timeline(recipe)
+    # Exports make a card of a recipe alone, so there is no run to take the timeline from. One that
+    # counts in epochs and was never trained has no length.
+    timeline = Timeline(with_placeholder_length(recipe))
+    warmup: object = "an unknown number of"
+    if has_known_length(recipe) or not schedule.warmup_share:
+        warmup = schedule.warmup_of(timeline.num_steps)
     rows: list[list[Cell]] = []
-    if state.get("step"):
+    if state.get("step") and has_known_length(recipe):
         rows.append(["steps", f"{state['step']:,} of {timeline.num_steps:,}"])
     for phase in timeline.phases:
         train = phase.recipe.train
@@ -131,7 +136,7 @@ def _training(recipe: Recipe, state: CheckpointState) -> list[str]:
         [
             "optimizer",
             f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, "
-            f"{schedule.kind} schedule, {schedule.warmup_steps} warm-up steps",
+            f"{schedule.kind} schedule, {warmup} warm-up steps",
         ],
         ["precision", recipe.train.precision],
         ["seed", str(recipe.seed)],

@@ -5,7 +5,9 @@ What the loader and plugins' guards keep in it is their own, and only known to b
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.core.files import JsonObject
 from pretrain.core.saved_types import Count, first_fault
@@ -36,6 +38,7 @@ class SavedProgress(_Saved):
     best_validation: float | None = None
     best_step: Count | None = None
     rollbacks: Count = 0
+    learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     patience_loss: float | None = None
     stale_validations: Count = 0
     stopped_early: bool = False

@@ -114,6 +114,13 @@ class Rollback(Section):
     skip_steps: NonNegative = Field(
         100, description="steps' worth of data behind the incident that are passed over too"
     )
+    learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description=(
+            "each rollback multiplies the learning rate by it, from the checkpoint that the run "
+            "went back to until its end"
+        ),
+    )
 
 
 class StepGuardConfig(Component):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.config import DataConfig
 from pretrain.config.callbacks import CallbackConfig
@@ -47,10 +47,25 @@ class TrainConfig(Section):
     sequence_length: SequenceTokens = Field(description="tokens")
     micro_batch_size: Sequences = Field(description="sequences a rank holds at once")
     global_batch_size: Sequences = Field(description="sequences a step, over all ranks")
-    train_tokens: Tokens = Field(
+    # Exactly one of these two says how long the run is.
+    train_tokens: Tokens | None = Field(
+        None,
         description=(
             "tokens of the whole run, rounded up to whole steps; each phase is rounded up too"
-        )
+        ),
+    )
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
+        None,
+        description=(
+            "instead of train_tokens: passes over the training split, rounded up to whole steps. "
+            "A step that an epoch ends in takes its other sequences from the next epoch"
+        ),
+    )
+    epoch_samples: Positive | None = Field(
+        None,
+        description=(
+            "sequences of the run's longest length in one epoch; a run fills it in from its data"
+        ),
     )
     # Number formats.
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
@@ -93,6 +108,18 @@ class TrainConfig(Section):
             "is an error"
         ),
     )
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> TrainConfig:
+        if (self.train_tokens is None) == (self.epochs is None):
+            what = "is missing" if self.epochs is None else "and epochs are both given"
+            raise ValueError(
+                f"train_tokens {what}: the run's length is one of the two, so give one and make "
+                "the other null"
+            )
+        if self.epochs is None and self.epoch_samples is not None:
+            raise ValueError("epoch_samples belongs to epochs: leave it out")
+        return self
 
     @property
     def tokens_per_step(self) -> int:
@@ -146,7 +173,9 @@ class CheckpointConfig(Section):
 class ValidationConfig(Section):
     """When the loss over held-out data is measured."""
 
-    interval_steps: Positive = 500
+    interval_steps: Positive | None = Field(
+        500, description="null: only at the ends of kept epochs, of phases, and of the run"
+    )
     max_windows: Positive | None = Field(
         None,
         description=(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,11 +29,24 @@ class ScheduleConfig(Section):
 
     kind: str
     warmup_steps: NonNegative = 0
+    warmup_share: Share = Field(
+        0.0, description="share of all steps, rounded to whole ones, instead of warmup_steps"
+    )
     min_learning_rate_ratio: Share = Field(0.1, description="last learning rate / peak")
     # In every kind, so that --set schedule.kind=cosine works on a recipe that sets it.
     decay_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="share of all steps that 'wsd' decays over"
     )
+
+    @model_validator(mode="after")
+    def _has_one_warmup(self) -> Self:
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("give warmup_steps or warmup_share, not both: set the other one to 0")
+        return self
+
+    def warmup_of(self, num_steps: int) -> int:
+        """Return the steps of the warm-up in a run of ``num_steps``."""
+        return self.warmup_steps or round(self.warmup_share * num_steps)
 
     def factor(self, step: int, num_steps: int) -> float:
         """Return the factor for optimizer step ``step`` (from 0) of ``num_steps``.
@@ -41,8 +54,9 @@ class ScheduleConfig(Section):
         The warm-up rises linearly from 1 / (w + 1) to w / (w + 1).
         """
         # Neither 0 nor 1 is a step of the warm-up: the first step trains, and the peak comes after.
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+        warmup_steps = self.warmup_of(num_steps)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
         return self.after_warmup(step, num_steps)
 
     @abstractmethod
@@ -56,7 +70,8 @@ class ScheduleConfig(Section):
     def _progress(self, step: int, num_steps: int) -> float:
         """Return the share of the steps after the warm-up that is done."""
         # max: a run may consist of its warm-up.
-        progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+        warmup_steps = self.warmup_of(num_steps)
+        progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
         return min(1.0, max(0.0, progress))
 
 

@@ -12,12 +12,15 @@ before its source's epoch ends, whatever the lengths, as long as the longest one
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
 from pretrain.config.schedules import PhaseSchedule
+from pretrain.core.errors import ConfigError
 
 SIZES = ("global_batch_size", "micro_batch_size", "sequence_length")
 
@@ -74,8 +77,47 @@ class Phase:
         return f"phase {self.number}, '{self.name}': {steps}"
 
 
+def block_tokens(recipe: Recipe) -> int:
+    """Return the longest sequence of the run, which is one sample of its data."""
+    lengths = [recipe_in_phase(recipe, section).train.sequence_length for section in recipe.phases]
+    return max(lengths, default=recipe.train.sequence_length)
+
+
+def has_known_length(recipe: Recipe) -> bool:
+    """Whether the recipe alone says how many steps its run has."""
+    return recipe.train.epochs is None or recipe.train.epoch_samples is not None
+
+
+def length_field(recipe: Recipe) -> str:
+    """Return the field that the run's length is given by, for sentences."""
+    return "train.train_tokens" if recipe.train.epochs is None else "train.epochs"
+
+
+def planned_tokens(recipe: Recipe) -> int:
+    """Return the tokens of the whole run, before they are rounded up to whole steps.
+
+    Raises:
+        ConfigError: if the length is given in epochs, and the data are not known yet.
+    """
+    train = recipe.train
+    if train.epochs is None:
+        assert train.train_tokens is not None
+        return train.train_tokens
+    if train.epoch_samples is None:
+        raise ConfigError(
+            f"train.epochs is {train.epochs:g}, and how long an epoch is is not known before there "
+            f"are data in {recipe.data_path}: build them, or give train.train_tokens instead"
+        )
+    # The decimal number that was written: 0.1 is a tenth, not the nearest binary fraction.
+    samples = math.ceil(Fraction(repr(train.epochs)) * train.epoch_samples)
+    return samples * block_tokens(recipe)
+
+
 class Timeline:
     """The phases of a run, one after the other.
+
+    Raises:
+        ConfigError: see :func:`planned_tokens`.
 
     Attributes:
         block_tokens: the longest sequence of the run.
@@ -84,13 +126,10 @@ class Timeline:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        lengths = [
-            recipe_in_phase(recipe, section).train.sequence_length for section in recipe.phases
-        ]
-        self.block_tokens = max(lengths, default=recipe.train.sequence_length)
+        self.block_tokens = block_tokens(recipe)
         self.phases: list[Phase] = []
         # The last phase may leave its tokens out, and takes the rest of the run.
-        rest = recipe.train.train_tokens - sum(section.tokens or 0 for section in recipe.phases)
+        rest = planned_tokens(recipe) - sum(section.tokens or 0 for section in recipe.phases)
         step = 0
         tokens = 0
         block = 0

@@ -12,18 +12,18 @@ from typing import Any
 from pretrain.core.errors import ConfigError
 
 NAME = re.compile(
-    r"(^|[_-])(api_?key|secret(_key)?|password|passwd|credentials?|access_key|private_key"
+    r"(^|[_-])(api_?key|secret(_key)?|password|passwd|credentials?|(access|private|kaggle)_key"
     r"|(auth|access|api)_token)$|^token$",
     re.I,
 )
 # Keys as their issuers document them: W&B, Hugging Face, OpenAI and Anthropic, GitHub, GitLab, AWS,
-# Slack, Google, PyPI; JSON web tokens. Inside a URL: a password (unlike a port, it may contain a
-# slash), a token in its place, and the signature of a query.
+# Slack, Google, PyPI, Kaggle; JSON web tokens. Inside a URL: a password (unlike a port, it may
+# contain a slash), a token in its place, and the signature of a query.
 VALUE = re.compile(
     r"\b(wandb_v1_\w{20,}|hf_[A-Za-z0-9]{30,}|sk-(proj|ant|svcacct|admin)-[\w-]{20,}"
     r"|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36,}"
     r"|github_pat_\w{40,}|glpat-[\w-]{20,}|A[KS]IA[A-Z0-9]{16}|xox[abeprs]-[\w-]{10,}"
-    r"|AIza[\w-]{35}|pypi-[\w-]{40,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)\b"
+    r"|AIza[\w-]{35}|pypi-[\w-]{40,}|KGAT_\w{20,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)\b"
     r"|(?<=://)([^/\s:@]*:(?!\d{1,5}/)[^\s@]+|[\w.~%-]{20,})(?=@)"
     r"|(?<=[?&])(?i:sig|signature|x-(amz|goog)-(signature|credential|security-token)"
     r"|((access|auth|api)_?)?(token|key)|password|secret)=[^&#\s]+"
@@ -53,7 +53,7 @@ def refuse_credentials(content: Any, origin: str) -> None:
             raise ConfigError(
                 f"{origin}: '{path}' looks like a credential, which would be copied into the "
                 "run's folder: take it out and set it in the environment "
-                "(WANDB_API_KEY, COMET_API_KEY, MLFLOW_TRACKING_TOKEN, HF_TOKEN)"
+                "(WANDB_API_KEY, COMET_API_KEY, MLFLOW_TRACKING_TOKEN, HF_TOKEN, KAGGLE_KEY)"
             )
 
 

@@ -25,6 +25,7 @@ from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
 from pretrain.checkpoint.validate import open_whole_weights
 from pretrain.checkpoint.weights import OPTIMIZER, RANK, WEIGHTS, file_of
 from pretrain.checkpoint.weights_only import tensor_shapes
+from pretrain.config.epochs import with_epoch_samples
 from pretrain.config.load import recipe_to_yaml
 from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
@@ -70,7 +71,7 @@ def import_deepspeed_run(
     weights = tensors_of(path, "module", STAND_INS)
     for file in expert_files(folder, checked_counts(path, main.get("num_experts"))):
         weights |= tensors_of(file, None)
-    recipe = _with_precision(recipe, main)
+    recipe = with_epoch_samples(_with_precision(recipe, main), datasets)
     states = read_states(folder, main, weights, recipe)
     step = int(main.get("global_steps") or 0)
     with published_folder(output, overwrite) as temporary:

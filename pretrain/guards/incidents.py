@@ -147,6 +147,22 @@ class IncidentLog:
             self._write(_incident(violation, details))
             self._warn(violation, "")
 
+    def report_rollback(self, step: int, learning_rate_factor: float | None) -> None:
+        """Report the step that the run went back to; rank 0 does.
+
+        Args:
+            learning_rate_factor: of all rollbacks so far; None if they do not change the rate.
+        """
+        if not self.topology.is_main:
+            return
+        text = f"went back to the checkpoint of step {step}"
+        if learning_rate_factor is None:
+            logger.warning("%s", text)
+            return
+        text += f"; the learning rate is {learning_rate_factor:.4g} of its schedule from here on"
+        logger.warning("%s", text)
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
     def report_stall(self, seconds: float, reading: str) -> None:
         """Report that this rank waits for a batch; it is called again when the wait has doubled."""
         rank = self.topology.rank

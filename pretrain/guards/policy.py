@@ -81,6 +81,15 @@ class GuardPolicy:
             self.incidents.report_step(violation, result, where)
         return self._act(progress, self._violations)
 
+    def report_rollback(self, progress: Progress) -> None:
+        """Say where a rollback has gone to, and what it makes of the learning rate."""
+        self.incidents.report_rollback(
+            progress.step,
+            progress.learning_rate_factor
+            if self.config.rollback.learning_rate_factor != 1.0
+            else None,
+        )
+
     def after_losses(
         self, last_step: int, results: Sequence[StepResult], losses: Sequence[MeanLosses]
     ) -> None:

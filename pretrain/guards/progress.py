@@ -23,6 +23,8 @@ class Progress:
             token), and the step and the number of targets that it is of.
         best_validation, best_step: of the validations over ``validation.max_windows``.
         rollbacks: how often the run went back to a checkpoint.
+        learning_rate_factor: of all ``rollbacks``; the schedule's learning rate is multiplied by
+            it.
         patience_loss: the lowest validation loss that counted as a new best for early stopping.
         stale_validations: since ``patience_loss``.
         stopped_early: whether the run ended because of them.
@@ -44,6 +46,7 @@ class Progress:
     best_validation: float | None = None
     best_step: int | None = None
     rollbacks: int = 0
+    learning_rate_factor: float = 1.0
     patience_loss: float | None = None
     stale_validations: int = 0
     stopped_early: bool = False
@@ -103,10 +106,16 @@ class Progress:
         else:
             self.stale_validations += 1
 
-    def take_over_counts(self, before: Progress) -> None:
-        """After a rollback, keep the counts of what the undone steps have spent."""
+    def take_over_counts(self, before: Progress, learning_rate_factor: float) -> None:
+        """After a rollback, keep the counts of what the undone steps have spent.
+
+        Args:
+            learning_rate_factor: of this rollback.
+        """
         # Otherwise a run could go back for ever, each time from the checkpoint's count.
         self.rollbacks = before.rollbacks + 1
+        # The checkpoint may be older than a rollback before this one.
+        self.learning_rate_factor = before.learning_rate_factor * learning_rate_factor
         self.rolled_back_steps = before.rolled_back_steps + before.step - self.step
         self.rolled_back_seconds = before.rolled_back_seconds + (
             before.train_seconds - before.stall_seconds - self.train_seconds + self.stall_seconds

@@ -16,8 +16,10 @@ from pretrain.checkpoint.layout import (
     read_state,
     resolve_checkpoint,
 )
+from pretrain.config.epochs import with_epoch_samples, with_placeholder_length
 from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
+from pretrain.config.timeline import has_known_length
 from pretrain.core.cli import write_json
 from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config import zero_stage_of
@@ -25,7 +27,7 @@ from pretrain.engine.topology import starts_as_first_rank, world_size_from_envir
 from pretrain.run.capacity import check_any_machine, check_world_size, demand_of
 from pretrain.run.estimate import hardware_of
 from pretrain.run.folder import CHECKPOINTS
-from pretrain.run.plan import make_plan
+from pretrain.run.plan import make_plan, without_length
 from pretrain.run.plan_report import print_plan
 from pretrain.run.resolve import resolve_config
 from pretrain.run.same_run import check_branch
@@ -45,8 +47,9 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
     zero_stage = zero_stage_of(ds_config, options.ds_config)
     datasets = _datasets_if_built(recipe)
     hardware = hardware_of(options)
+    is_known = datasets is not None or has_known_length(recipe)
     config = resolve_config(
-        recipe,
+        recipe if is_known else with_placeholder_length(recipe),
         ds_config,
         origin=options.ds_config,
         zero_stage=zero_stage,
@@ -56,12 +59,14 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
     )
     # Of another machine only so much is known: it is no larger than the largest there is.
     check_any_machine(demand_of(config, hardware.gpu is not None), world_size)
-    first_step = planned_start(recipe)
+    first_step = planned_start(_counted(recipe, config.recipe) if is_known else recipe)
     tokenizer_sha256 = datasets.tokenizer.sha256 if datasets else None
     notes = planned_weights(config.recipe, tokenizer_sha256)
     # A dry run may be started by a launcher too: only one rank prints.
     if starts_as_first_rank(os.environ):
         plan = make_plan(config, first_step, notes, hardware)
+        if not is_known:
+            plan = without_length(plan)
         if options.json_path != "-":
             print_plan(plan)
         write_json(plan.to_dict(), options.json_path)
@@ -78,9 +83,15 @@ def _datasets_if_built(recipe: Recipe) -> Datasets | None:
     datasets = load_datasets(folders)
     if not recipe.data.streaming:
         # A wrong name in a late phase would end a training after hours.
-        for phase in loader_plan(recipe).phases:
+        for phase in loader_plan(with_epoch_samples(recipe, datasets)).phases:
             check_names(phase.mixture, list(datasets.training_shards()), phase.mixture_key)
     return datasets
+
+
+def _counted(recipe: Recipe, resolved: Recipe) -> Recipe:
+    """Return the recipe with the resolved one's length of an epoch."""
+    train = recipe.train.model_copy(update={"epoch_samples": resolved.train.epoch_samples})
+    return recipe.model_copy(update={"train": train})
 
 
 def planned_start(recipe: Recipe) -> int:
@@ -104,6 +115,8 @@ def planned_start(recipe: Recipe) -> int:
         model = model.model_copy(update={"vocab_size": parent.model.vocab_size})
     if train.precision == "auto":
         train = train.model_copy(update={"precision": parent.train.precision})
+    if not has_known_length(recipe):
+        train = train.model_copy(update={"epoch_samples": parent.train.epoch_samples})
     branch = recipe.model_copy(update={"model": model, "train": train})
     # Ranks and tokenizer are not known yet, so nothing is compared of them.
     check_branch(branch, parent, None, state, checkpoint)

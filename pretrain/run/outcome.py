@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pretrain.checkpoint import layout
 from pretrain.config.recipe import Recipe
+from pretrain.config.timeline import length_field
 from pretrain.core.files import JsonObject
 from pretrain.guards.incidents import INCIDENTS
 from pretrain.model.sizes import model_size
@@ -170,7 +171,7 @@ class Outcome:
 
     def _done_already(self) -> str:
         stopped_early = self._trainer.progress.stopped_early
-        more = "guards.early_stopping.patience" if stopped_early else "train.train_tokens"
+        more = "guards.early_stopping.patience" if stopped_early else length_field(self._recipe)
         return (
             f"done already: {self._folder} holds step {self.resumed_from} of "
             f"{self._trainer.num_steps}; raise {more} to continue, or use --fresh to start over"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pretrain.checkpoint.weights_only import tensor_shapes
 from pretrain.config.recipe import Recipe, TrainConfig
@@ -50,6 +50,8 @@ class Plan:
         activation_bytes: on one rank, in the phase that needs most.
         phases: empty for a run without phases.
         weight_notes: in what ``initial_weights`` differ from the recipe.
+        has_length: false if the recipe gives its length in epochs, and there are no data to count
+            them in; then steps, tokens, time and phases are not known.
     """
 
     config: ResolvedConfig
@@ -61,6 +63,7 @@ class Plan:
     estimate: Estimate
     phases: list[PhasePlan]
     weight_notes: list[str]
+    has_length: bool = True
 
     @property
     def accumulation_steps(self) -> int:
@@ -83,9 +86,9 @@ class Plan:
             "parameters_padding": size.parameters_padding,
             "components": size.components,
             "flops_per_token": size.flops_per_token,
-            "steps": config.timeline.num_steps,
+            "steps": config.timeline.num_steps if self.has_length else None,
             "first_step": self.first_step,
-            "train_tokens": config.timeline.num_tokens,
+            "train_tokens": config.timeline.num_tokens if self.has_length else None,
             "gradient_accumulation_steps": self.accumulation_steps,
             "state_bytes_per_rank": self.state_bytes,
             "activation_bytes_per_rank": self.activation_bytes,
@@ -145,6 +148,15 @@ def make_plan(
         phases=plan_phases(recipe, timeline, config.world_size),
         weight_notes=list(weight_notes),
     )
+
+
+def without_length(plan: Plan) -> Plan:
+    """Return a plan that was made with some length, without all that follows from it."""
+    recipe = plan.config.recipe
+    train = recipe.train.model_copy(update={"epoch_samples": None})
+    config = replace(plan.config, recipe=recipe.model_copy(update={"train": train}))
+    basis = f"not known before there are data in {recipe.data_path}"
+    return replace(plan, config=config, estimate=Estimate(None, basis), phases=[], has_length=False)
 
 
 def _flops_ahead(config: ResolvedConfig, first_step: int) -> float:

@@ -34,6 +34,13 @@ def _plan_lines(plan: Plan) -> dict[str, str]:
     config = plan.config
     train = config.recipe.train
     tokens = f"{config.timeline.num_tokens:,} in {config.timeline.num_steps:,} steps"
+    if train.epoch_samples is not None:
+        tokens = f"{train.epochs:g} epochs of {train.epoch_samples:,} sequences: {tokens}"
+    if not plan.has_length:
+        tokens = (
+            f"{train.epochs:g} epochs; tokens, steps and phases are not known before there are "
+            f"data in {config.recipe.data_path}, each step is"
+        )
     if not plan.phases:
         tokens += f" of {train.tokens_per_step:,}"
     if plan.first_step:

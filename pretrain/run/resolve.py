@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_pipeline.shards.datasets import Datasets
+from pretrain.config.epochs import with_epoch_samples
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.config.timeline import Timeline
@@ -19,7 +20,7 @@ class ResolvedConfig:
     """The configuration of a run on a number of ranks.
 
     Attributes:
-        recipe: with the precision and the size of the vocabulary that are used.
+        recipe: with the precision, the vocabulary's size and the length of an epoch that are used.
         timeline: its phases.
         ds_config: with what the recipe owns.
     """
@@ -51,12 +52,15 @@ def resolve_config(
 
     Raises:
         ConfigError: if recipe, ds_config, ranks and device do not fit together.
+            Also if its length is given in epochs and there are no data yet.
         DataError: if the vocabulary's size is not known, or too small.
     """
     # Batch sizes need the ranks, the ds_config needs both and the number format.
     accumulation = check_topology(recipe, world_size, zero_stage)
     precision = choose_precision(recipe.train.precision)
     recipe = resolve_recipe(recipe, precision, datasets)
+    if datasets is not None:
+        recipe = with_epoch_samples(recipe, datasets)
     resolved = resolve_ds_config(ds_config, origin, recipe, precision, accumulation, world_size)
     return ResolvedConfig(recipe, Timeline(recipe), resolved, world_size, zero_stage)
 

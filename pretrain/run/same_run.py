@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pretrain.checkpoint.state import CheckpointState, Fingerprint
 from pretrain.config.differences import dotted_fields
 from pretrain.config.recipe import Recipe
-from pretrain.config.timeline import Phase, Timeline
+from pretrain.config.timeline import Phase, Timeline, length_field
 from pretrain.core.errors import ConfigError
 from pretrain.run.folder import OTHER_FOLDER
 
@@ -103,7 +103,7 @@ def check_branch(
     if step >= num_steps:
         raise ConfigError(
             f"branch_from: {checkpoint} is at step {step}, and the recipe ends after {num_steps}: "
-            "raise train.train_tokens"
+            f"raise {length_field(now)}"
         )
 
 

@@ -18,11 +18,15 @@ from pretrain.core.cli import add_json_option, write_json
 from pretrain.core.credentials import refuse_credentials
 from pretrain.core.errors import DONE, PREEMPTED, USAGE, ConfigError
 from pretrain.core.files import JsonObject, only_writer
-from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import DEFAULT_DS_CONFIG, shown
+from pretrain.core.shipped import DEFAULT_DS_CONFIG
 from pretrain.engine.ds_config import read_ds_config
 from pretrain.sweeps.axes import Point, parse_axis
-from pretrain.sweeps.launch import reached_step, slot_devices, visible_gpus
+from pretrain.sweeps.launch import (
+    continuing_command,
+    reached_step,
+    slot_devices,
+    visible_gpus,
+)
 from pretrain.sweeps.plan import REFUSALS_SHOWN, planned_study, searching
 from pretrain.sweeps.progress import SweepProgress
 from pretrain.sweeps.report import terminal_table, write_report
@@ -274,7 +278,7 @@ def _run_all(options: argparse.Namespace, study: Study, tool: Path) -> int:
         options,
         study,
         interrupted,
-        again=[shown(tool), "--output", str(options.output), *plugin_arguments()],
+        again=continuing_command(options, tool),
     )
 
 

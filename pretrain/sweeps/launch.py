@@ -5,6 +5,7 @@ The supervisor ends the run if the sweep dies.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -20,7 +21,7 @@ from typing import cast
 from pretrain.core.errors import ConfigError
 from pretrain.core.launch import training_environment
 from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import LAUNCHERS
+from pretrain.core.shipped import LAUNCHERS, shown
 from pretrain.sweeps.axes import Point
 from pretrain.sweeps.study import DS_CONFIG, RunResult, Study
 
@@ -65,6 +66,20 @@ def slot_devices(gpus: Sequence[str], slots: int | None, ranks: int) -> list[lis
             f" {len(gpus)}: lower --slots or --ranks"
         )
     return [list(gpus[index * ranks : (index + 1) * ranks]) for index in range(count)]
+
+
+def continuing_command(options: argparse.Namespace, tool: Path) -> list[str]:
+    """The command that continues a sweep, with the options that its folder does not keep."""
+    command = [shown(tool), "--output", str(options.output), *plugin_arguments()]
+    if options.slots is not None:
+        command += ["--slots", str(options.slots)]
+    if not options.keep_going:
+        command.append("--no-keep-going")
+    if options.retry_failed:
+        command.append("--retry-failed")
+    if options.json_path is not None:
+        command += ["--json", options.json_path]
+    return command
 
 
 def launch_command(study: Study, point: Point, devices: Sequence[str]) -> list[str]:

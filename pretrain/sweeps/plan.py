@@ -10,9 +10,9 @@ from pathlib import Path
 from data_pipeline.loading.mixture import check_names
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
 from data_pipeline.shards.manifest import canonical_sha256
+from pretrain.config.epochs import with_epoch_samples
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
-from pretrain.config.timeline import Timeline
 from pretrain.core.errors import ConfigError, DataError, PipelineError
 from pretrain.engine.ds_config import zero_stage_of
 from pretrain.sweeps.axes import Point, grid, one_at_a_time, with_seeds, without_equal_names
@@ -107,6 +107,7 @@ class PointCheck:
         recipe = self.study.recipe_of(point)
         check_topology(recipe, self.study.design.ranks, self.zero_stage)
         datasets = self._datasets_of(recipe)
+        recipe = with_epoch_samples(recipe, datasets)
         if not datasets.utf8_bytes("validation"):
             raise DataError(
                 f"the data in {datasets.place} has no validation split to compare runs by: build it"
@@ -135,7 +136,7 @@ class PointCheck:
                     ]
                 }
             ),
-            "sequence length": str(Timeline(recipe).phases[-1].recipe.train.sequence_length),
+            "sequence length": str(_last_length(recipe)),
             "document mask": str(recipe.data.document_mask),
         }
 
@@ -145,6 +146,12 @@ class PointCheck:
         if key not in self._datasets:
             self._datasets[key] = load_datasets(folders)
         return self._datasets[key]
+
+
+def _last_length(recipe: Recipe) -> int:
+    """The sequence length that the run ends with."""
+    last = recipe.phases[-1].sequence_length if recipe.phases else None
+    return last or recipe.train.sequence_length
 
 
 def check_search(study: Study) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from pathlib import Path
 
 from rich.table import Table
 
+from pretrain.config.next_command import training_command
 from pretrain.core.files import write_synced
-from pretrain.core.plugins import plugin_arguments
-from pretrain.core.shipped import LAUNCHERS, shown
 from pretrain.sweeps.axes import BASE, Axis, short_names
 from pretrain.sweeps.plots import draw_axes, draw_sizes
 from pretrain.sweeps.results import (
@@ -23,7 +21,7 @@ from pretrain.sweeps.results import (
     ranking,
     states,
 )
-from pretrain.sweeps.study import TRIAL, Study
+from pretrain.sweeps.study import DS_CONFIG, TRIAL, Study
 
 SHOWN_ROWS = 20
 COLUMNS = (
@@ -131,10 +129,7 @@ def markdown(study: Study, rows: list[PointRow], ranked: list[GroupResult]) -> s
         parts.append(f"**Warning:** {note}.")
     if ranked:
         parts += ["## Ranking", _markdown_table(COLUMNS, [_cells(entry) for entry in ranked])]
-        parts.append(
-            f"The best one: `{_command_of(study, ranked[0])}` and what else this sweep was started"
-            " with."
-        )
+        parts.append(f"The best one: `{_command_of(study, ranked[0])}`")
     if study.design.search == "each":
         parts += _axis_sections(study)
     if unfinished := _unfinished_cells(study, rows):
@@ -161,9 +156,13 @@ def _setup(study: Study, ranked: list[GroupResult]) -> str:
 
 def _command_of(study: Study, best: GroupResult) -> str:
     """The command line that trains a point's recipe."""
-    settings = [part for override in best.overrides for part in ("--set", override)]
-    launcher = ["python", shown(LAUNCHERS / "pretrain.py")]
-    return shlex.join([*launcher, "--recipe", study.design.recipe, *settings, *plugin_arguments()])
+    # The sweep's own recipe and ds_config hold what it was started with.
+    return training_command(
+        study.base_recipe,
+        best.overrides,
+        ranks=study.design.ranks,
+        ds_config=study.output / DS_CONFIG,
+    )
 
 
 def _unfinished_cells(study: Study, rows: list[PointRow]) -> list[list[str]]:

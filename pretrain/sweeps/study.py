@@ -24,6 +24,7 @@ from typing import Literal, TypedDict
 
 import yaml
 
+from pretrain.config.epochs import with_known_length
 from pretrain.config.load import (
     apply_override,
     import_plugins,
@@ -154,8 +155,12 @@ def base_mapping(recipe: str, overrides: list[str], tokens: int | None) -> JsonO
     Its bases are resolved, and the user's own overrides are applied.
     """
     content, _ = read_recipe_file(recipe)
-    for override in [*overrides, *([f"train.train_tokens={tokens}"] if tokens is not None else [])]:
+    for override in overrides:
         apply_override(content, override)
+    if tokens is not None:
+        apply_override(content, f"train.train_tokens={tokens}")
+        # The other way to say how long a run is.
+        content["train"].pop("epochs", None)
     import_plugins(content)
     return content
 
@@ -203,7 +208,7 @@ class Study:
 
     def num_steps(self, point: Point) -> int:
         """Optimizer steps of the point's run."""
-        return Timeline(self.recipe_of(point)).num_steps
+        return Timeline(with_known_length(self.recipe_of(point))).num_steps
 
     def record(self, point: Point) -> Record:
         """What is on disk of a point's run.

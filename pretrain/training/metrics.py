@@ -137,6 +137,7 @@ class MetricsRecorder:
             steps=len(applied),
             losses=means,
             learning_rate=self.engine.learning_rate(),
+            learning_rate_factor=progress.learning_rate_factor,
             grad_norm=applied[-1].grad_norm,
             tokens_per_second=tokens_per_second,
             skipped_steps=progress.skipped_steps,

@@ -155,6 +155,7 @@ class TrainRecord:
     Attributes:
         steps: that were applied, of which ``losses`` are the means.
         learning_rate: of matrices in the last step.
+        learning_rate_factor: of the run's rollbacks, which is in ``learning_rate``.
         grad_norm: of the last step, before clipping.
         skipped_steps: of the whole run.
         seconds: of the whole run, in steps.
@@ -166,6 +167,7 @@ class TrainRecord:
     steps: int
     losses: MeanLosses
     learning_rate: float
+    learning_rate_factor: float
     grad_norm: float
     tokens_per_second: float
     skipped_steps: int
@@ -184,8 +186,10 @@ class TrainRecord:
         }
         if self.losses.multi_token is not None:
             record["multi_token_loss"] = self.losses.multi_token
+        record["learning_rate"] = self.learning_rate
+        if self.learning_rate_factor != 1.0:
+            record["learning_rate_factor"] = self.learning_rate_factor
         record |= {
-            "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
             "tokens_per_second": self.tokens_per_second,
             "skipped_steps": self.skipped_steps,

@@ -101,6 +101,7 @@ class Trainer:
             # Guards and records count steps from 1, the engine and the data from 0.
             self.guards.begin_step(step + 1)
             factor, balance_rate = self.schedules.at(step)
+            factor *= self.progress.learning_rate_factor
             result = self.engine.train_step(batches, factor, balance_rate, self.guards.should_skip)
             # A skipped step counts too: schedule and data follow the step's number.
             self.progress.step += 1
@@ -177,15 +178,16 @@ class Trainer:
         """Go back to the newest checkpoint before the incident, and continue with later data."""
         ACTIVITY.note(f"going back from step {self.progress.step}")
         before = self.progress
-        skipped = self.guards.config.rollback.skip_steps
+        rollback = self.guards.config.rollback
         # Hashing and reading a large checkpoint takes as long as it takes.
         with ACTIVITY.pause("going back to a checkpoint"):
             checkpoint = self.checkpoints.go_back(violation)
             # Before the loader is set back: the data up to here, and a little more, are passed
             # over.
-            consumed = self.loader.consumed(before.step + skipped)
+            consumed = self.loader.consumed(before.step + rollback.skip_steps)
             self.resume(checkpoint)
-        self.progress.take_over_counts(before)
+        self.progress.take_over_counts(before, rollback.learning_rate_factor)
+        self.guards.report_rollback(self.progress)
         self.loader.pass_over(self.progress.step, consumed)
         self.loader.require(self.num_steps)
         self.metrics.restart(self.progress.step)

@@ -48,7 +48,8 @@ class Validator:
 
     def is_due(self, step: int) -> bool:
         """Whether the interval ends; the ends of epochs, phases and runs are validated too."""
-        return step % self._config.interval_steps == 0
+        interval = self._config.interval_steps
+        return interval is not None and step % interval == 0
 
     def sample(self, progress: Progress) -> float:
         """Return the loss (nats a target) over ``validation.max_windows``, always the same ones."""

@@ -80,7 +80,7 @@ def is_due(recipe: Recipe, world_size: int) -> bool:
 
 def expected_seconds(recipe: Recipe, world_size: int) -> float:
     """Return roughly how long the whole run takes."""
-    tokens = recipe.train.train_tokens
+    tokens = Timeline(recipe).num_tokens
     flops = model_size(recipe.model, recipe.train.sequence_length).flops_per_token
     known = estimate_time(
         recipe, Hardware(), world_size=world_size, tokens=tokens, flops_per_token=flops

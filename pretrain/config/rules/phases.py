@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pretrain.config.recipe import Recipe
-from pretrain.config.timeline import Timeline
+from pretrain.config.timeline import (
+    has_known_length,
+    length_field,
+    planned_tokens,
+    recipe_in_phase,
+)
 from pretrain.core.errors import ConfigError
 
 
@@ -20,7 +25,6 @@ def phases_have_names_of_their_own(recipe: Recipe) -> None:
 def phases_fill_the_run(recipe: Recipe) -> None:
     """Together the phases must take the tokens of the run."""
     phases = recipe.phases
-    total = recipe.train.train_tokens
     if not phases:
         return
     for phase in phases[:-1]:
@@ -28,12 +32,22 @@ def phases_fill_the_run(recipe: Recipe) -> None:
             raise ConfigError(
                 f"phases.{phase.name}.tokens is missing: only the last phase may leave it out"
             )
+    if phases[-1].tokens is not None and recipe.train.epochs is not None:
+        raise ConfigError(
+            f"phases.{phases[-1].name}.tokens is given, and the run's length in epochs: leave the "
+            "tokens of the last phase out, so that it takes the rest of train.epochs"
+        )
+    if not has_known_length(recipe):
+        return
     # The last phase takes the rest of the run, which must not be empty.
+    total = planned_tokens(recipe)
+    field = length_field(recipe)
     phase_tokens = sum(phase.tokens or 0 for phase in phases)
     if phases[-1].tokens is None and phase_tokens >= total:
+        given = "" if recipe.train.epochs is None else f"{recipe.train.epochs:g}, which makes "
         raise ConfigError(
             f"phases before '{phases[-1].name}' take {phase_tokens} tokens, and "
-            f"train.train_tokens is {total}: raise train.train_tokens, or shorten a phase"
+            f"{field} is {given}{total}: raise {field}, or shorten a phase"
         )
     if phases[-1].tokens is not None and phase_tokens != total:
         raise ConfigError(
@@ -129,10 +143,9 @@ PHASE_RULES: tuple[Callable[[Recipe], None], ...] = (
 
 def phase_warnings(recipe: Recipe) -> list[str]:
     """Return sentences about phases that can run, but may not do what their author expects."""
-    # slices > 1: the phase reads parts of packs that were made for a longer sequence.
-    if recipe.data.packing.is_planned and any(
-        stage.slices > 1 for stage in Timeline(recipe).phases
-    ):
+    # A shorter phase reads parts of packs that were made for the longest sequence.
+    lengths = {recipe_in_phase(recipe, phase).train.sequence_length for phase in recipe.phases}
+    if recipe.data.packing.is_planned and len(lengths) > 1:
         return [
             "data.packing.kind=best_fit packs for the longest sequence of the phases, and shorter "
             "phases read parts of such packs: they cut documents that a packing of their own "

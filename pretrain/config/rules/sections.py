@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pretrain.config.recipe import Recipe, TrainConfig
-from pretrain.config.rules.phases import PHASE_RULES, phase_warnings
+from pretrain.config.rules.phases import PHASE_RULES, phase_warnings, phases_fill_the_run
 from pretrain.config.rules.routers import router_warnings
 from pretrain.config.rules.widths import base_fits_the_model, mup_knows_the_parts
-from pretrain.config.timeline import Timeline, recipe_in_phase
+from pretrain.config.timeline import (
+    Timeline,
+    has_known_length,
+    length_field,
+    recipe_in_phase,
+)
 from pretrain.core.errors import ConfigError
 from pretrain.core.registry import kind_name, kinds_of
 from pretrain.model.attention.kernels.config import Kernel, KernelDemands, kernel_section
@@ -188,11 +193,13 @@ def optimizer_sees_whole_matrices(recipe: Recipe) -> None:
 
 def warmup_fits(recipe: Recipe) -> None:
     """The warm-up must end within the run."""
+    if not has_known_length(recipe):
+        return
     num_steps = Timeline(recipe).num_steps
     if recipe.schedule.warmup_steps > num_steps:
         raise ConfigError(
             f"schedule.warmup_steps ({recipe.schedule.warmup_steps}) is longer than the run "
-            f"({num_steps} steps): lower it or raise train.train_tokens"
+            f"({num_steps} steps): lower it or raise {length_field(recipe)}"
         )
 
 
@@ -219,6 +226,11 @@ def token_budget_fills_the_run(recipe: Recipe) -> None:
     """The tokens of a mixture must be those of the run."""
     # Two owners of one number: they must agree.
     total = recipe.data.mixture.total_tokens
+    if total is not None and recipe.train.epochs is not None:
+        raise ConfigError(
+            "data.mixture.kind=tokens says how long the run is, and so does train.epochs: give "
+            f"train.train_tokens={total} instead, or another kind of mixture"
+        )
     if total is not None and total != recipe.train.train_tokens:
         raise ConfigError(
             f"data.mixture.tokens add up to {total}, but train.train_tokens is "
@@ -231,6 +243,11 @@ def streams_are_read_once(recipe: Recipe) -> None:
     data = recipe.data
     if not data.streaming:
         return
+    if recipe.train.epochs is not None:
+        raise ConfigError(
+            "train.epochs needs the length of an epoch, which a stream (data.streaming) has not: "
+            "give train.train_tokens, or build shards"
+        )
     cleaning = data.cleaning
     # What needs a count of documents, a second pass, or a document's position in a finished file.
     refused = {
@@ -298,6 +315,9 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     token_budget_fills_the_run,
     streams_are_read_once,
 )
+
+# What depends on the number of steps: checked again when the data say how long an epoch is.
+LENGTH_RULES: tuple[Callable[[Recipe], None], ...] = (phases_fill_the_run, warmup_fits)
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from pretrain.core.errors import DONE, ConfigError, StorageError
 from pretrain.model.sizes import COMPONENTS
 from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
-from tools.analyze_model import analyze, main, memory_by_layout, model_size, sized_model
+from tools.analyze_model import analyze, cost_rows, main, memory_by_layout, model_size, sized_model
 
 TOOL = TOOLS / "analyze_model.py"
 
@@ -173,3 +173,9 @@ def test_the_whole_run_is_tokens_times_flops() -> None:
     assert result["train_tokens"] == 7975 * 128 * 1024
     assert result["train_flops"] == result["flops_per_token"] * result["train_tokens"]
     assert result["active_share"] == pytest.approx(122_318_592 / 249_720_576)
+
+
+def test_the_whole_run_of_epochs_is_unknown_before_there_are_data() -> None:
+    result = analyzed("h64lm_phase1")
+    assert result["train_tokens"] is None and result["train_flops"] is None
+    assert "not known before there are data" in cost_rows(result)["whole run"]

@@ -20,6 +20,7 @@ TWIN_OF: dict[str, str] = {
 }
 PUBLISHED = list(TWIN_OF)
 PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long"}
+PHASED |= {f"h64lm_phase{number}" for number in (1, 2, 3, 4)}
 # What a small copy may have smaller than its model; everything else of the model section is
 # the same.
 SIZES = {
@@ -141,3 +142,31 @@ def test_a_twin_trains_for_a_minute_on_the_quickstart_data(name: str) -> None:
     assert recipe.parallel.ep_size == 2 and check_topology(recipe, 2, zero_stage=1) == 1
     window = recipe.model.attention.sliding_window
     assert window is None or window < recipe.train.sequence_length  # so that it hides something
+
+
+def test_the_phases_of_h64lm_have_its_rows_epochs_and_regularisation() -> None:
+    phases = [load_recipe(f"h64lm_phase{number}") for number in (1, 2, 3, 4)]
+    rows = [100_000, 1_000_000, -1, 100_000]
+    assert [phase.data.model_dump()["source"].get("max_samples", -1) for phase in phases] == rows
+    assert [phase.train.epochs for phase in phases] == [20, 10, 5, 20]
+    for phase in phases:
+        assert phase.train.train_tokens is None and phase.schedule.warmup_of(1000) == 100
+        assert phase.guards.early_stopping is not None and phase.guards.early_stopping.patience == 3
+        assert phase.checkpoint.keep_epochs and phase.validation.interval_steps is None
+        assert phase.train.activation_checkpointing
+        rate = phase.optimizer.learning_rate * phase.guards.rollback.learning_rate_factor
+        assert rate == pytest.approx(1e-4)
+    assert phases[0].model == load_recipe("h64lm").model == phases[2].model
+    last = phases[3].model
+    assert (
+        last.num_hidden_layers == 4 and last.dropout.attention == last.dropout.feed_forward == 0.2
+    )
+    assert last.moe is not None and last.moe.aux_loss_weight == 0.02
+    assert phases[3].data_path == phases[0].data_path
+    for before, after in ((0, 1), (1, 2)):
+        assert phases[after].initial_weights == f"{phases[before].output_path}/checkpoints/best"
+
+
+def test_h64lm_has_the_steps_that_its_code_makes() -> None:
+    recipe = load_recipe("h64lm")
+    assert Timeline(recipe).num_steps == 7975 == int(20 * 51_044 / recipe.train.global_batch_size)

@@ -105,7 +105,7 @@ def test_steps_that_a_guard_rolled_back_are_lost_once(world: World, is_killed: b
     meter = world.start(progress, 0.0)
     world.steps(meter, progress, 6)
     back = Progress(step=2, train_seconds=4.0)
-    back.take_over_counts(progress)
+    back.take_over_counts(progress, 1.0)
     world.steps(meter, back, 1)
     if is_killed:
         # Step 3 is done again, and the rollback too.

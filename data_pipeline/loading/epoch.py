@@ -1,0 +1,36 @@
+"""How many samples one pass over the training split has, without opening a loader."""
+
+from __future__ import annotations
+
+from data_pipeline.config import DataConfig
+from data_pipeline.loading.best_fit import pack_shard, read_statistics
+from data_pipeline.shards.datasets import Datasets
+from data_pipeline.shards.token_stream import TokenStream
+
+
+def epoch_samples(datasets: Datasets, config: DataConfig, sequence_length: int) -> int:
+    """Return the samples of all sources together: what :meth:`Loader.epochs` counts as one.
+
+    Args:
+        sequence_length: of a sample, which is the run's longest sequence.
+
+    Raises:
+        DataError: if a folder has nothing to train on.
+    """
+    streams = [part.stream for parts in datasets.training_shards().values() for part in parts]
+    count = _packed if config.packing.is_planned else _windows
+    return sum(count(stream, sequence_length) for stream in streams)
+
+
+def _windows(stream: TokenStream, sequence_length: int) -> int:
+    # A window's last target is the first input of the next one, so one token is no input.
+    return max(stream.num_tokens - 1, 0) // sequence_length
+
+
+def _packed(stream: TokenStream, sequence_length: int) -> int:
+    total = 0
+    for shard in stream.shards:
+        # What is not packed yet is packed in memory: only one process may write it.
+        found = read_statistics(shard, sequence_length)
+        total += (found or pack_shard(shard.open(), sequence_length).statistics).sequences
+    return total

@@ -1,0 +1,209 @@
+"""A Kaggle data set, from a local server that speaks to Kaggle's own client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from data_pipeline.config import DataConfig
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.sources.interface import ReadContext, Source, open_source
+from data_pipeline.sources.kaggle import _downloaded
+from pretrain.core.errors import ConfigError, DataError, PipelineError
+
+pytest.importorskip("kagglehub")
+KEY = "0123456789abcdef0123456789abcdef"
+FILES = {
+    "reviews.csv": "review,stars\n" + "".join(f'"a review, number {n}",{n}\n' for n in range(40)),
+    "more/rows.jsonl": "".join(json.dumps({"review": f"row {n} of more"}) + "\n" for n in range(9)),
+    "LICENSE": "CC0",
+}
+
+
+class Server(ThreadingHTTPServer):
+    """A data set of two versions; ``trouble`` makes responses go wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.newest = 2
+        self.trouble: list[str] = []
+        self.seen: list[tuple[str, dict[str, Any], str]] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = self.path.rpartition("/")[2]
+        self.server.seen.append((name, body, self.headers.get("Authorization", "")))
+        trouble = self.server.trouble.pop(0) if self.server.trouble else ""
+        if trouble.isdigit():
+            return self._answer(int(trouble), b'{"message": "no"}', "application/json")
+        if trouble == "stall":
+            time.sleep(4.0)
+            return None
+        if name == "GetDataset":
+            answer = json.dumps({"currentVersionNumber": self.server.newest}).encode()
+            return self._answer(200, answer, "application/json")
+        content, kind = self._content(body)
+        if content is None:
+            return self._answer(404, b'{"message": "no such file"}', "application/json")
+        if trouble == "break":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return None
+        return self._answer(200, content, kind)
+
+    def _content(self, body: dict[str, Any]) -> tuple[bytes | None, str]:
+        name = body.get("fileName")
+        if name:
+            found = FILES.get(name)
+            return (None if found is None else found.encode()), "application/octet-stream"
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as output:
+            for path, text in FILES.items():
+                is_new = body["datasetVersionNumber"] > 2 and path == "reviews.csv"
+                output.writestr(path, text + '"one more",5\n' * is_new)
+        return archive.getvalue(), "application/zip"
+
+    def _answer(self, status: int, content: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KAGGLE_API_ENDPOINT", running.address)
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KAGGLE_USERNAME", "somebody")
+    monkeypatch.setenv("KAGGLE_KEY", KEY)
+    _downloaded.cache_clear()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def config(**source: Any) -> DataConfig:
+    section = {"kind": "kaggle", "dataset": "some-body/re-views", "text_field": "review"} | source
+    section = {"stall_seconds": 1.5, "attempts": 2} | section
+    tokenizer = {"kind": "train_bpe", "vocab_size": 300}
+    return DataConfig.model_validate({"source": section, "tokenizer": tokenizer})
+
+
+def source_of(data: DataConfig) -> Source[Any]:
+    return open_source(data.named_sources["all"], ReadContext.of(data, "all"))
+
+
+def test_a_data_set_is_fetched_once_read_and_named_with_its_version(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = build(config(), Output(tmp_path / "data"), workers=1).manifest
+    source = manifest.sources["all"]
+    assert (source.documents, source.revision, source.kind) == (49, "2", "kaggle")
+    assert [name for name, _, _ in server.seen] == ["GetDataset", "DownloadDataset"]
+    _, asked, login = server.seen[1]
+    assert (asked["ownerSlug"], asked["datasetSlug"]) == ("some-body", "re-views")
+    assert asked["datasetVersionNumber"] == 2
+    assert base64.b64decode(login.removeprefix("Basic ")).decode() == f"somebody:{KEY}"
+    printed = capfd.readouterr()
+    assert KEY not in printed.out + printed.err and printed.out == ""
+    for path in (tmp_path / "data").rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()
+    # Another process asks for the newest version, and finds its files in the cache.
+    _downloaded.cache_clear()
+    assert build(config(), Output(tmp_path / "data"), workers=1).reused
+    assert [name for name, _, _ in server.seen[2:]] == ["GetDataset"]
+    # A newer version is other data; the pinned one needs no server.
+    _downloaded.cache_clear()
+    server.newest = 3
+    with pytest.raises(ConfigError, match="holds data of another corpus"):
+        build(config(), Output(tmp_path / "data"), workers=1)
+    _downloaded.cache_clear()
+    before = len(server.seen)
+    pinned = build(config(version=2), Output(tmp_path / "pinned"), workers=1).manifest
+    assert pinned.sources["all"].revision == "2" and len(server.seen) == before
+
+
+def test_named_files_and_patterns_choose(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAGGLE_API_TOKEN", f"KGAT_{KEY}")
+    one = build(config(files=["reviews.csv"]), Output(tmp_path / "one"), workers=1).manifest
+    assert one.sources["all"].documents == 40
+    assert server.seen[-1][1]["fileName"] == "reviews.csv"
+    assert server.seen[-1][2] == f"Bearer KGAT_{KEY}"
+    some = build(config(files=["more/*"]), Output(tmp_path / "some"), workers=1).manifest
+    assert some.sources["all"].documents == 9
+    with pytest.raises(DataError, match=r"no file of the Kaggle data set .* fits \*.parquet"):
+        source_of(config(files=["*.parquet"])).units(1 << 20)
+
+
+TROUBLES = [
+    (["401"], [], "does not know the credentials .*KAGGLE_USERNAME and KAGGLE_KEY"),
+    (["403"], [], "the account may not read .*accept its terms at https://www.kaggle.com/"),
+    (["404"], [], "there is no Kaggle data set some-body/re-views .404.: check"),
+    (["", "404", "404"], ["gone.csv"], "or no file gone.csv in it .404."),
+    (["429"], [], "refuses more requests .* now .429.: wait"),
+    (["500", "503"], [], "Kaggle's server fails for .* .503.: run the same command later"),
+    (["stall"] * 2, [], "has sent nothing of .* for 1.5 seconds: run the same command again"),
+    (["", "break", "", "break"], [], "broke off|arrived damaged"),
+]
+
+
+def test_each_trouble_is_one_sentence_and_what_passes_is_tried_again(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for trouble, files, sentence in TROUBLES:
+        server.trouble = list(trouble)
+        with pytest.raises(PipelineError, match=sentence) as caught:
+            source_of(config(files=files)).units(1 << 20)
+        assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+    # Nothing of the trouble stays.
+    server.trouble = ["503"]
+    manifest = build(config(), Output(tmp_path / "data"), workers=1).manifest
+    assert manifest.sources["all"].documents == 49
+
+
+def test_names_that_are_none_and_a_missing_client_are_refused(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no-slash", "../x", "a/b/c", ""):
+        with pytest.raises(ValidationError):
+            config(dataset=name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="install it with pip install kagglehub"):
+        source_of(config()).units(1 << 20)
+    assert server.seen == []
