@@ -39,7 +39,7 @@ class ExpertForm(NamedTuple):
 
     def hidden(self, first: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
         """The hidden units [..., F] from the two first products [..., X] each."""
-        activate = self.kind.activate
+        activate: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] = self.kind.activate
         # 0 and 1 rows would be graphs of their own: compiled shapes are general from 2 on.
         if self.compiled is not None and len(first) > 1:
             activate = self.compiled
