@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -144,8 +145,13 @@ class _Observer:
             ids = [value for value in pairs if not value.is_floating_point()]
             weights = [value for value in pairs if value.is_floating_point()]
             if len(ids) == 1 and len(weights) == 1 and ids[0].shape == weights[0].shape:
-                dropped = ids[0] < 0
-                self.seen[layer] = _choice(ids[0].clamp_min(0), weights[0] * ~dropped)
+                made = _choice(ids[0].clamp_min(0), weights[0] * (ids[0] >= 0))
+                # PEER's experts are called once for each head.
+                if (known := self.seen.get(layer)) is not None:
+                    made = Choice(
+                        *(torch.cat(pair, dim=1) for pair in zip(known, made, strict=True))
+                    )
+                self.seen[layer] = made
 
         return before
 
@@ -278,6 +284,8 @@ def sizes(opened: NativeGenerator | TransformersGenerator, found: Pass) -> tuple
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name), 1
     section = cast(JsonObject, getattr(config, "moe", None) or {})
+    if "product_key_sizes" in section:
+        return prod(section["product_key_sizes"]), int(section["num_heads"])
     highest = 1 + max(int(choice.ids_TC.max()) for choice in found.choices.values())
     return int(section.get("num_experts") or highest), 1
 
@@ -298,7 +306,8 @@ def read_trace(path: Path) -> RoutingTrace:
     if not count or len(trace.tokens) != count or not trace.layers:
         raise _damaged(path, "has no tokens, no layers, or texts of another number of tokens")
     for layer in trace.layers:
-        lengths = {len(choices) for choices in (*layer.experts, *layer.weights)}
+        lengths = {len(experts) for experts in layer.experts}
+        lengths |= {len(weights) for weights in layer.weights}
         even = len(layer.experts) == len(layer.weights) == count and len(lengths) == 1
         if not even or 0 in lengths:
             raise _damaged(path, f"has other numbers of choices than tokens in layer {layer.layer}")

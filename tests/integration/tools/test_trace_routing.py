@@ -96,8 +96,10 @@ def top_choice(router: TopKRouter, x: torch.Tensor) -> list[tuple[int, float]]:
 def product_choice(keys: ProductKeys, x: torch.Tensor) -> list[tuple[int, float]]:
     """Every product of sub-keys is scored, which the layer itself never does."""
     found = []
-    for first, second in zip(*(scores[0] for scores in keys.scores(x[None])), strict=True):
-        sums = (first[:, None] + second[None, :]).flatten()
+    for parts in zip(*(scores[0] for scores in keys.scores(x[None])), strict=True):
+        sums = torch.zeros(1)
+        for part in parts:
+            sums = (sums[:, None] + part[None, :]).flatten()
         best = sorted(range(len(sums)), key=lambda expert: -sums[expert].item())[: keys.top_k]
         found += list(zip(best, sums[best].softmax(dim=0).tolist(), strict=True))
     return found
@@ -160,7 +162,8 @@ def test_a_replay_of_ones_own_routing_changes_nothing_and_of_another_s_does(
     other.write_text(json.dumps(trace))
     assert call(monkeypatch, *replay, other) == DONE
     mirrored = json.loads(capsys.readouterr().out)
-    assert mirrored["own_loss"] == trace["loss"] and mirrored["replayed_loss"] > trace["loss"]
+    assert mirrored["own_loss"] == trace["loss"]
+    assert abs(mirrored["replayed_loss"] - trace["loss"]) > 1e-4
     assert all(layer["choices"] > 0.1 for layer in mirrored["layers"])
 
     assert call(monkeypatch, *replay[:2], "--replay", other, "--dtype", "bf16") == DONE
@@ -207,6 +210,7 @@ def test_an_export_is_traced_as_its_checkpoint_and_replays_nothing(
         assert theirs["token_ids"] == ours["token_ids"]
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
         assert len(theirs["layers"]) == len(ours["layers"])
+        assert (theirs["num_experts"], theirs["heads"]) == (ours["num_experts"], ours["heads"])
         for one, other in zip(theirs["layers"], ours["layers"], strict=True):
             assert one["layer"] == other["layer"] and one["experts"] == other["experts"]
             torch.testing.assert_close(
