@@ -67,6 +67,7 @@ COUNTS = (
     "max_new_tokens",
     "interval_steps",
     "program_memory",
+    "code_max_new_tokens",
 )
 
 
@@ -233,6 +234,18 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         help="for each program (default: 1024)",
     )
     group.add_argument(
+        "--code-temperature",
+        type=float,
+        metavar="T",
+        help="draw code alone; as --temperature by default",
+    )
+    group.add_argument(
+        "--code-max-new-tokens",
+        type=int,
+        metavar="N",
+        help="of a solution; as --max-new-tokens by default",
+    )
+    group.add_argument(
         "--temperature", type=float, help="draw texts and code; the likeliest token by default"
     )
     group.add_argument("--top-p", type=float, metavar="P", help="with --temperature")
@@ -332,18 +345,22 @@ def code_options(arguments: argparse.Namespace) -> CodeOptions | None:
         pass_at=tuple(int(k) for k in arguments.pass_at.split(",") if k),
         timeout_seconds=arguments.program_seconds,
         memory_bytes=arguments.program_memory << 20,  # MiB on the command line
+        sampling=_drawn(arguments.code_temperature, arguments),
+        max_new_tokens=arguments.code_max_new_tokens,
     )
+
+
+def _drawn(temperature: float | None, arguments: argparse.Namespace) -> Sampling | None:
+    """How texts are drawn at a temperature; None without one."""
+    if temperature is None:
+        return None
+    return Sampling(temperature, top_p=arguments.top_p, seed=arguments.seed)
 
 
 def sampling_options(arguments: argparse.Namespace) -> Sampling:
     """How texts are drawn: greedily unless a temperature is given."""
-    greedy = arguments.temperature is None
-    return Sampling(
-        1.0 if greedy else arguments.temperature,
-        top_p=arguments.top_p,
-        greedy=greedy,
-        seed=arguments.seed,
-    )
+    drawn = _drawn(arguments.temperature, arguments)
+    return drawn or Sampling(top_p=arguments.top_p, greedy=True, seed=arguments.seed)
 
 
 def publish(result: EvaluationResult, arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from pretrain.callbacks.base import Callback, Summary
-from pretrain.config.recipe import EvaluationConfig
+from pretrain.config.recipe import CodeEvaluation, EvaluationConfig
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import TOOLS
 from pretrain.evaluation.watch import forget_after
@@ -47,20 +47,36 @@ def watch_command(run: Path, config: EvaluationConfig, step: int, last_step: int
     command += ["--parent", str(os.getpid()), str(step), str(last_step)]
     command += ["--device", config.device]
     command += ["--max-new-tokens", str(config.max_new_tokens)]
-    options: dict[str, int | str | None] = {
+    options: dict[str, float | str | None] = {
         "--interval-steps": config.interval_steps,
         "--max-windows": config.max_windows,
         "--limit": config.limit,
         "--tasks": ",".join(config.tasks) or None,
         "--include-path": config.include_path,
     }
+    if config.code is not None:
+        options |= _code_options(config.code)
     for name, value in options.items():
         if value is not None:
             command += [name, str(value)]
+    if config.code is not None and config.code.allow_execution:
+        command += ["--allow-code-execution"]
     command += plugin_arguments()
     # "--prompt=..." as one argument: a prompt may begin with a dash.
     command += [f"--prompt={prompt}" for prompt in config.prompts]
     return [*command, "--heldout"] if config.heldout else command
+
+
+def _code_options(code: CodeEvaluation) -> dict[str, float | str | None]:
+    return {
+        "--code-problems": code.problems,
+        "--num-samples": code.num_samples,
+        "--pass-at": ",".join(str(k) for k in code.pass_at),
+        "--code-temperature": code.temperature,
+        "--code-max-new-tokens": code.max_new_tokens,
+        "--program-seconds": code.program_seconds,
+        "--program-memory": code.program_memory_mib,
+    }
 
 
 class ContinuousEvaluation(Callback):

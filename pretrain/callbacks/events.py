@@ -21,6 +21,7 @@ Events = list[tuple[str, float]]
 AT_A_GLANCE = {
     ("train", "loss"): TRAIN_LOSS,
     ("validation", "validation_loss"): VALIDATION_LOSS,
+    ("validation", "validation_perplexity"): "validation/perplexity",
     ("train", "learning_rate"): "at_a_glance/2_learning_rate",
     ("train", "grad_norm"): "at_a_glance/3_gradient_norm",
     ("train", "tokens_per_second"): "at_a_glance/4_tokens_per_second",

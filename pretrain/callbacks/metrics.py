@@ -24,6 +24,8 @@ CSV_COLUMNS = (
     "total_loss",
     "multi_token_loss",
     "validation_loss",
+    "perplexity",
+    "validation_perplexity",
     "learning_rate",
     "grad_norm",
     "tokens_per_second",

@@ -45,11 +45,30 @@ class SavedProgress(_Saved):
     epoch_steps: dict[str, Count] = {}
 
 
+class SavedTrend(_Saved):
+    """The types of :class:`pretrain.guards.trend.TrendState`."""
+
+    block_steps: Count = 0
+    medians: list[float] = []
+    first_steps: list[Count] = []
+    values: list[float] = []
+    first_step: Count = 0
+
+
+class SavedSustained(_Saved):
+    """The types of :class:`pretrain.guards.trend.SustainedState`."""
+
+    values: list[float] = []
+    first_step: Count = 0
+
+
 class SavedGuards(_Saved):
     """The types of :class:`pretrain.guards.detect.GuardState`."""
 
     losses: list[float] = []
     log_norms: list[float] = []
+    trend: SavedTrend = SavedTrend()
+    sustained: SavedSustained = SavedSustained()
     more: dict[str, JsonObject] = {}
     in_a_row: dict[str, Count] = {}
     first: dict[str, Count] = {}

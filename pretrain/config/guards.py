@@ -23,6 +23,8 @@ from pretrain.core.registry import Component, OneOf
 from pretrain.core.section import NonNegative, Positive, Section
 
 Above = Annotated[float, Field(gt=0)]
+# Blocks of steps that the window of LossTrendGuard consists of.
+TREND_BLOCKS = 20
 Action = Literal["warn", "skip", "rollback", "stop"]
 
 
@@ -74,6 +76,35 @@ class GradNormGuard(Section):
         if self.max is None and self.deviations is None:
             raise ValueError("it needs a limit: set max, deviations, or both")
         return self
+
+
+class LossTrendGuard(Section):
+    """A training loss that rises slowly, over thousands of steps, without any spike.
+
+    That is: over a window's twenty blocks of steps, the medians of the losses rise almost without
+    exception (Kendall's tau of at least 0.75), and their line (Theil and Sen) by ``min_rise``. It
+    decides at the end of each block.
+    """
+
+    action: Literal["warn", "rollback", "stop"] = "warn"
+    window_steps: Annotated[int, Field(ge=100, multiple_of=TREND_BLOCKS)] = Field(
+        5000, description="it is silent for the first of them; a multiple of 20"
+    )
+    min_rise: Above = Field(0.2, description="nats a token, over a window")
+    in_a_row: Positive = Field(
+        1, description="decisions, each a twentieth of a window later, until the action is taken"
+    )
+
+
+class SustainedGradNormGuard(Section):
+    """Gradient norms that stay high: the median of a window of steps is above ``max``."""
+
+    action: Literal["warn", "rollback", "stop"] = "warn"
+    max: Above = Field(10.0, description="of the median of the norms before clipping")
+    window_steps: Annotated[int, Field(ge=16)] = Field(
+        500, description="each window decides once, at its end"
+    )
+    in_a_row: Positive = Field(1, description="such windows until the action is taken")
 
 
 class ValidationGapGuard(Section):
@@ -140,6 +171,8 @@ class GuardConfig(Section):
     non_finite: NonFiniteGuard = NonFiniteGuard()
     spike: SpikeGuard | None = SpikeGuard()
     grad_norm: GradNormGuard | None = None
+    loss_trend: LossTrendGuard | None = None
+    sustained_grad_norm: SustainedGradNormGuard | None = None
     validation_gap: ValidationGapGuard | None = ValidationGapGuard()
     stalled_data: StalledDataGuard | None = StalledDataGuard()
     early_stopping: EarlyStopping | None = None

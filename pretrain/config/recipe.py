@@ -188,6 +188,40 @@ class ValidationConfig(Section):
     )
 
 
+class CodeEvaluation(Section):
+    """pass@k of programs that each checkpoint writes (Chen et al. 2021), run in a sandbox.
+
+    Its limits of time, memory, files and network guard against accidents, not against malice.
+    """
+
+    problems: str = Field(
+        description='JSONL file: HumanEval\'s "task_id", "prompt", "test", "entry_point" a line'
+    )
+    allow_execution: bool = Field(
+        False, description="has to be true: programs that the model writes are run"
+    )
+    num_samples: Positive = Field(1, description="solutions of each problem")
+    pass_at: list[Positive] = Field([1], min_length=1, description="values of k")
+    temperature: Annotated[float | None, Field(gt=0)] = Field(
+        None, description="of drawn solutions; the likeliest token by default"
+    )
+    max_new_tokens: Positive = Field(256, description="tokens of a solution")
+    program_seconds: Annotated[float, Field(gt=0)] = Field(10.0, description="for each program")
+    program_memory_mib: Positive = Field(1024, description="for each program")
+
+    @model_validator(mode="after")
+    def _samples_are_enough_and_differ(self) -> CodeEvaluation:
+        if max(self.pass_at) > self.num_samples:
+            raise ValueError(
+                f"pass@{max(self.pass_at)} needs {max(self.pass_at)} samples of each problem, and "
+                f"num_samples is {self.num_samples}"
+            )
+        # Without chance all samples of a problem would be one and the same.
+        if self.num_samples > 1 and self.temperature is None:
+            raise ValueError("several samples of a problem need a temperature")
+        return self
+
+
 class EvaluationConfig(Section):
     """What is evaluated of saved checkpoints during the run, by ``tools/evaluate.py --watch``.
 
@@ -216,6 +250,7 @@ class EvaluationConfig(Section):
     limit: Positive | None = Field(
         None, description="documents of each task; all of them by default"
     )
+    code: CodeEvaluation | None = None
     device: str = Field(
         "cpu", description="cpu, cuda or cuda:N, with memory that training leaves free"
     )

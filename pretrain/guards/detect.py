@@ -11,8 +11,17 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import TypedDict
 
-from pretrain.config.guards import Action, GradNormGuard, GuardConfig, SpikeGuard, StepGuardConfig
+from pretrain.config.guards import (
+    Action,
+    GradNormGuard,
+    GuardConfig,
+    LossTrendGuard,
+    SpikeGuard,
+    StepGuardConfig,
+    SustainedGradNormGuard,
+)
 from pretrain.core.files import JsonObject
+from pretrain.guards.trend import LossTrend, SustainedGradNorm, SustainedState, TrendState
 
 # The standard deviation of a normal distribution in units of its median absolute deviation.
 NORMAL_SCALE = 1.4826
@@ -20,6 +29,9 @@ NORMAL_SCALE = 1.4826
 # that hardly vary would be violations by a rounding error.
 LEAST_LOG_DEVIATION = 0.01
 SEVERITY: tuple[Action, ...] = ("warn", "skip", "rollback", "stop")
+GuardOfSteps = (
+    SpikeGuard | GradNormGuard | LossTrendGuard | SustainedGradNormGuard | StepGuardConfig
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,9 @@ class Violation:
         step: from 1.
         reason: what it is, as the end of a sentence about the step.
         in_a_row: steps in a row in which the same guard has found something, this one included;
-            steps that were skipped before the guard saw them do not count.
-        first: the first of these steps; None if it is this one.
+            steps that were skipped before the guard saw them do not count. For guards of many
+            steps, their decisions in a row.
+        first: the first of these steps, or of what a decision is about; None if it is this one.
     """
 
     guard: str
@@ -130,12 +143,15 @@ class GuardState(TypedDict, total=False):
 
     Attributes:
         losses, log_norms: windows, from the oldest to the newest.
+        trend, sustained: see :mod:`pretrain.guards.trend`.
         more: states of the guards of plugins, by their kind.
         in_a_row, first: see :class:`Violation`, by the guard's name.
     """
 
     losses: list[float]
     log_norms: list[float]
+    trend: TrendState
+    sustained: SustainedState
     more: dict[str, JsonObject]
     in_a_row: dict[str, int]
     first: dict[str, int]
@@ -151,6 +167,9 @@ class Guards:
         if config.grad_norm:
             window_steps = config.grad_norm.window_steps
             self._log_norms = RobustWindow(window_steps, LEAST_LOG_DEVIATION)
+        self._trend = LossTrend(config.loss_trend) if config.loss_trend else None
+        sustained = config.sustained_grad_norm
+        self._sustained = SustainedGradNorm(sustained) if sustained else None
         self._more: list[tuple[StepGuardConfig, StepGuard]] = [
             (section, section.implementing_class()(section)) for section in config.more
         ]
@@ -161,13 +180,15 @@ class Guards:
     def may_skip(self) -> bool:
         """Whether a guard may refuse an update, so that it has to see losses before the update."""
         # Not the guard of finite values: the optimizer itself skips a gradient that is not finite.
+        config = self.config
+        of_many_steps = (config.loss_trend, config.sustained_grad_norm)
         return any(
             guard is not None and guard.action != "warn"
-            for guard in (self.config.spike, self.config.grad_norm, *self.config.more)
+            for guard in (config.spike, config.grad_norm, *of_many_steps, *config.more)
         )
 
     def look(self, step: int, loss: float, grad_norm: float) -> list[Violation]:
-        """Return what the guards of single steps find: spike, gradient norm, those of plugins.
+        """Return what the guards find that look at each step: all but those of validations.
 
         It must be called once for each step, in order, but not for steps whose gradient is not
         finite.
@@ -185,6 +206,15 @@ class Guards:
         if norm is not None and self._log_norms is not None:
             reason = self._high_norm(norm, self._log_norms, grad_norm)
             found.append(self._violation("grad_norm", norm, step, reason))
+        # Between two decisions a series of violations neither grows nor ends.
+        if self._trend is not None and self._trend.look(step, loss):
+            reason, first = self._trend.reason(), self._trend.rises_from
+            found.append(self._violation("loss_trend", self._trend.config, step, reason, first))
+        if self._sustained is not None and self._sustained.look(step, grad_norm):
+            reason, first = self._sustained.reason(), self._sustained.first_step
+            found.append(
+                self._violation("sustained_grad_norm", self._sustained.config, step, reason, first)
+            )
         for section, guard in self._more:
             reason = guard.look(step, loss, grad_norm)
             found.append(self._violation(section.kind, section, step, reason))
@@ -219,6 +249,10 @@ class Guards:
             state["losses"] = list(self._losses.values)
         if self._log_norms is not None:
             state["log_norms"] = list(self._log_norms.values)
+        if self._trend is not None:
+            state["trend"] = self._trend.state()
+        if self._sustained is not None:
+            state["sustained"] = self._sustained.state()
         if self._more:
             state["more"] = {section.kind: guard.state() for section, guard in self._more}
         state["in_a_row"] = self._in_a_row
@@ -231,6 +265,10 @@ class Guards:
             self._losses.replace(state.get("losses", []))
         if self._log_norms is not None:
             self._log_norms.replace(state.get("log_norms", []))
+        if self._trend is not None:
+            self._trend.restore(state.get("trend", {}))
+        if self._sustained is not None:
+            self._sustained.restore(state.get("sustained", {}))
         for section, guard in self._more:
             guard.restore(state.get("more", {}).get(section.kind, {}))
         self._in_a_row = dict(state.get("in_a_row", {}))
@@ -270,13 +308,17 @@ class Guards:
     def _violation(
         self,
         name: str,
-        guard: SpikeGuard | GradNormGuard | StepGuardConfig,
+        guard: GuardOfSteps,
         step: int,
         reason: str | None,
+        first: int | None = None,
     ) -> Violation | None:
         """Return the violation that a reason makes; None without one.
 
         It has the guard's action if there are enough in a row, and is a warning before.
+
+        Args:
+            first: the first step that the reason is about; ``step`` by default.
         """
         # One good step ends a series.
         if reason is None:
@@ -284,7 +326,7 @@ class Guards:
             self._first.pop(name, None)
             return None
         self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
-        first = self._first.setdefault(name, step)
+        first = self._first.setdefault(name, step if first is None else first)
         action: Action = guard.action if self._in_a_row[name] >= guard.in_a_row else "warn"
         return Violation(name, action, step, reason, self._in_a_row[name], first)
 

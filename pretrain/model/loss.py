@@ -8,10 +8,16 @@ plain PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
 
+# Logits [C, V], labels [C] and the weight of the z-loss -> nll, loss and gradient [C, V].
+ChunkLosses = Callable[
+    [torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+]
 # The value that torch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
 
@@ -55,6 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_size,
         chunk_tokens,
         z_loss_weight,
+        chunk_losses,
         needs_gradient,
     ):
         # Padding rows of the vocabulary take no part: they get no probability and no gradient.
@@ -73,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, x_TD.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             x_CD = x_TD[chunk]
-            chunk_nll, chunk_loss, gradient_CV = _chunk_losses(
+            chunk_nll, chunk_loss, gradient_CV = chunk_losses(
                 functional.linear(x_CD, used_VD, used_V).float(), labels_T[chunk], z_loss_weight
             )
             nll += chunk_nll
@@ -102,7 +109,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias_gradient = (
             None if bias_gradient_V is None else (bias_gradient_V * grad_loss).to(ctx.weight_dtype)
         )
-        return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None, None
 
 
 class LanguageModelHead(nn.Module):
@@ -127,6 +134,8 @@ class LanguageModelHead(nn.Module):
         self.vocab_size = vocab_size
         self.chunk_tokens = chunk_tokens
         self.z_loss_weight = z_loss_weight
+        # An attribute, so that torch.compile can take its place.
+        self.chunk_losses: ChunkLosses = _chunk_losses
 
     def forward(
         self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None
@@ -147,5 +156,5 @@ class LanguageModelHead(nn.Module):
         labels_T = labels_BS.reshape(-1)
         sizes = self.vocab_size, self.chunk_tokens, self.z_loss_weight
         return _ChunkedCrossEntropy.apply(
-            x_TE, self.weight, self.bias, labels_T, *sizes, needs_gradient
+            x_TE, self.weight, self.bias, labels_T, *sizes, self.chunk_losses, needs_gradient
         )

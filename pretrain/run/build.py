@@ -37,6 +37,7 @@ from pretrain.engine.topology import (
     starts_as_first_rank,
     world_size_from_environment,
 )
+from pretrain.evaluation.tasks.code import read_problems
 from pretrain.guards.incidents import IncidentLog
 from pretrain.guards.policy import GuardPolicy
 from pretrain.model.sizes import model_size, peak_flops
@@ -127,6 +128,9 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
     if starts_as_first_rank(os.environ):
         for warning in data_warnings(recipe.data, datasets):
             print(f"warning: {warning}", file=sys.stderr)
+        # The first evaluation, hours later, would be the first to miss them; its machine is this.
+        if recipe.evaluation is not None and recipe.evaluation.code is not None:
+            read_problems(Path(recipe.evaluation.code.problems))
     config = resolve_config(
         recipe,
         ds_config,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from data_pipeline.loading.interface import Loader
 from pretrain.callbacks.base import CallbackList
+from pretrain.checkpoint.model_card import perplexity_of
 from pretrain.config.timeline import Timeline
 from pretrain.core.files import JsonObject
 from pretrain.engine.step import MeanLosses
@@ -184,6 +185,9 @@ class TrainRecord:
             "loss": self.losses.cross_entropy,
             "total_loss": self.losses.total,
         }
+        # Of the mean loss, as papers state it; no key instead of an infinity, which JSON lacks.
+        if (perplexity := perplexity_of(self.losses.cross_entropy)) is not None:
+            record["perplexity"] = perplexity
         if self.losses.multi_token is not None:
             record["multi_token_loss"] = self.losses.multi_token
         record["learning_rate"] = self.learning_rate
@@ -229,10 +233,13 @@ class ValidationRecord:
 
     def to_dict(self) -> JsonObject:
         """Return it as ``metrics.jsonl`` has it."""
-        return self.position.to_dict("validation") | {
+        record = self.position.to_dict("validation") | {
             "validation_loss": self.validation_loss,
             "targets": self.targets,
         }
+        if (perplexity := perplexity_of(self.validation_loss)) is not None:
+            record["validation_perplexity"] = perplexity
+        return record
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from mlflow.tracking import MlflowClient
 client = MlflowClient("sqlite:///" + sys.argv[1])
 (run,) = client.search_runs([client.get_experiment_by_name("project-of-tests").experiment_id])
 history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "at_a_glance/1_loss")}
+perplexity = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "validation/perplexity")}
 files = [entry.path for entry in client.list_artifacts(run.info.run_id)]
-found = {"id": run.info.run_id, "status": run.info.status, "params": run.data.params, "tags": run.data.tags, "loss": history, "files": files}
+found = {"id": run.info.run_id, "status": run.info.status, "params": run.data.params, "tags": run.data.tags, "loss": history, "perplexity": perplexity, "files": files}
 print(json.dumps(found))
 """
 
@@ -74,6 +75,11 @@ def test_mlflow_goes_on_in_the_same_run_with_every_row(
     )
     assert {int(step): value for step, value in found["loss"].items()} == {
         row["step"]: row["loss"] for row in curve(run) if row["kind"] == "train"
+    }
+    assert {int(step): value for step, value in found["perplexity"].items()} == {
+        row["step"]: row["validation_perplexity"]
+        for row in curve(run)
+        if row["kind"] == "validation"
     }
     assert {"training_curves.png", "summary.json", "README.md"} <= set(found["files"])
 

@@ -215,10 +215,15 @@ def evaluations_meet_checkpoints(recipe: Recipe) -> None:
             f"checkpoint.interval_steps ({saved}), and only saved checkpoints are evaluated: "
             "change one of them"
         )
-    if not (evaluation.heldout or evaluation.prompts or evaluation.tasks):
+    if evaluation.code is not None and not evaluation.code.allow_execution:
         raise ConfigError(
-            "evaluation asks for nothing: set evaluation.heldout=true, give prompts or tasks, or "
-            "leave the section out"
+            "evaluation.code runs programs that the model writes: allow it with --set "
+            "evaluation.code.allow_execution=true, or leave evaluation.code out"
+        )
+    if not (evaluation.heldout or evaluation.prompts or evaluation.tasks or evaluation.code):
+        raise ConfigError(
+            "evaluation asks for nothing: set evaluation.heldout=true, give prompts, tasks or code, "
+            "or leave the section out"
         )
 
 

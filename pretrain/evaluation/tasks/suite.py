@@ -56,13 +56,19 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class CodeOptions:
-    """Problems to solve. The programs are run in :mod:`pretrain.evaluation.tasks.sandbox`."""
+    """Problems to solve. The programs are run in :mod:`pretrain.evaluation.tasks.sandbox`.
+
+    Attributes:
+        sampling, max_new_tokens: of solutions; those of all texts by default.
+    """
 
     problems: Path
     num_samples: int = 1
     pass_at: Sequence[int] = (1,)
     timeout_seconds: float = 10.0
     memory_bytes: int = 1 << 30
+    sampling: Sampling | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Suite:
     Attributes:
         prompts: texts to continue.
         references: JSONL file of prompts and references.
-        sampling: of all texts; code is sampled with it too.
+        sampling: of all texts; of code too, unless its options have their own.
         stop: strings that end a text.
         batch_size: windows, requests or texts at once.
     """
@@ -167,7 +173,12 @@ class Suite:
     def _code(
         self, opened: NativeGenerator | TransformersGenerator, options: CodeOptions
     ) -> CodeResult:
-        writer = Writer(opened, self.sampling, self.max_new_tokens, (*STOP, *self.stop))
+        writer = Writer(
+            opened,
+            options.sampling or self.sampling,
+            options.max_new_tokens or self.max_new_tokens,
+            (*STOP, *self.stop),
+        )
         score = score_code(
             read_problems(options.problems),
             writer,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,15 +28,22 @@ class ExpertForm(NamedTuple):
         kind: the feed-forward whose activation it has.
         config: the section of that kind.
         dropout: of its hidden units; 0 outside training.
+        compiled: ``kind.activate`` by ``torch.compile``, for any number of rows; None if it is not
+            compiled.
     """
 
     kind: type[FeedForward]
     config: FeedForwardConfig
     dropout: float = 0.0
+    compiled: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def hidden(self, first: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
         """The hidden units [..., F] from the two first products [..., X] each."""
-        return functional.dropout(self.kind.activate(self.config, first, third), self.dropout)
+        activate: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] = self.kind.activate
+        # 0 and 1 rows would be graphs of their own: compiled shapes are general from 2 on.
+        if self.compiled is not None and len(first) > 1:
+            activate = self.compiled
+        return functional.dropout(activate(self.config, first, third), self.dropout)
 
 
 def experts_loop(

@@ -14,7 +14,9 @@ import pytest
 
 from pretrain.callbacks import evaluation
 from pretrain.callbacks.evaluation import ContinuousEvaluation, watch_command
-from pretrain.config.recipe import EvaluationConfig
+from pretrain.config.recipe import CodeEvaluation, EvaluationConfig
+from pretrain.core.errors import ConfigError, DataError
+from pretrain.train import main
 from tests.support.tiny_run import SCRIPT, Started, make_tiny
 
 
@@ -44,6 +46,47 @@ def test_each_checkpoint_of_a_run_is_evaluated_as_the_recipe_says(tmp_path: Path
     assert next(row for row in validation if row["step"] == 4)["validation_loss"] == pytest.approx(
         rows[0]["loss"], abs=1e-4
     )
+
+
+def write_problems(path: Path) -> None:
+    """A problem that whatever text solves, inside of quotes, and one that nothing solves."""
+    solved = {"task_id": "T/0", "prompt": "x = r'''", "test": "'''\nassert x is not None"}
+    never = {"task_id": "T/1", "prompt": "x = 1\n", "test": "assert False"}
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in (solved, never)))
+
+
+def test_programs_that_each_checkpoint_writes_are_run_if_the_recipe_allows_it(
+    tmp_path: Path,
+) -> None:
+    tiny, run, problems = make_tiny(tmp_path), tmp_path / "run", tmp_path / "problems.jsonl"
+    settings = (
+        "model.num_hidden_layers=1",
+        "checkpoint.interval_steps=2",
+        "evaluation.heldout=false",
+        f"evaluation.code={{problems: {problems}, num_samples: 2, pass_at: [1, 2], temperature: 1.0,"
+        " max_new_tokens: 4, program_seconds: 20}",
+    )
+    allowed = "evaluation.code.allow_execution=true"
+    arguments = tiny.arguments(run, *settings, steps=2)
+    with pytest.raises(ConfigError, match="allow it with --set evaluation.code.allow_execution"):
+        main(arguments)
+    with pytest.raises(DataError, match=r"problems\.jsonl"):
+        main([*arguments, "--set", allowed])
+    assert not (run / "evaluations.jsonl").exists()
+
+    write_problems(problems)
+    started = Started([sys.executable, SCRIPT, *arguments, "--set", allowed], tmp_path)
+    assert started.wait() == 0, started.stderr
+    (row,) = (json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines())
+    assert row["step"] == 2 and (row["code/pass_at/1"], row["code/pass_at/2"]) == (0.5, 0.5)
+    assert (row["code/passed/T/0"], row["code/passed/T/1"]) == (2, 0)
+
+
+def test_code_needs_samples_enough_and_chance() -> None:
+    with pytest.raises(ValueError, match="pass@5 needs 5 samples"):
+        CodeEvaluation(problems="p", pass_at=[1, 5], num_samples=4, temperature=0.8)
+    with pytest.raises(ValueError, match="several samples of a problem need a temperature"):
+        CodeEvaluation(problems="p", num_samples=4)
 
 
 def started_callback(
@@ -117,9 +160,10 @@ def test_every_option_of_the_section_reaches_the_command(tmp_path: Path) -> None
         include_path="t",
         limit=5,
         device="cuda:1",
+        code=CodeEvaluation(problems="h", allow_execution=True, num_samples=4, temperature=0.8),
     )
     command = watch_command(tmp_path, config, 20, 100)
-    for part in ("--heldout", "--prompt=a b", "x,y"):
+    for part in ("--heldout", "--prompt=a b", "x,y", "--allow-code-execution"):
         assert part in command
     assert command[command.index("--parent") :][:4] == ["--parent", str(os.getpid()), "20", "100"]
     pairs = set(itertools.pairwise(command))
@@ -130,5 +174,12 @@ def test_every_option_of_the_section_reaches_the_command(tmp_path: Path) -> None
         ("--include-path", "t"),
         ("--limit", "5"),
         ("--device", "cuda:1"),
+        ("--code-problems", "h"),
+        ("--num-samples", "4"),
+        ("--pass-at", "1"),
+        ("--code-temperature", "0.8"),
+        ("--code-max-new-tokens", "256"),
+        ("--program-seconds", "10.0"),
+        ("--program-memory", "1024"),
     }
     assert expected <= pairs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pretrain.callbacks.deepspeed_monitor import DeepSpeedMonitor
 from pretrain.callbacks.events import events_of
 from pretrain.callbacks.expert_usage import ExpertUsage
 from pretrain.engine.monitor import Monitor
+from pretrain.training.records import Position, ValidationRecord
 from tests.support.tiny_run import SCRIPT, Started, curve, make_tiny
 
 # TensorBoard sorts by these names; all of its digits here are single, so that Python sorts alike.
@@ -48,6 +51,7 @@ TRAINING = [
     "train/epoch",
     "train/loss_scale",
     "train/max_violation",
+    "train/perplexity",
     "train/router_entropy",
     "train/seconds",
     "train/skipped_steps",
@@ -66,6 +70,7 @@ TRAINING = [
     "usage/normalized_entropy_of_worst_layer",
     "usage/unused_share",
     "usage/unused_share_of_worst_layer",
+    "validation/perplexity",
     "validation/targets",
 ]
 HISTOGRAMS, IMAGES = ["usage/log2_1_plus_load"], ["usage/load_by_layer"]
@@ -107,6 +112,29 @@ def test_the_first_chart_has_both_losses_of_every_record(run: Path) -> None:
         assert len({step for step, _ in written}) >= 2
         assert [event.step for event in shown] == [step for step, _ in written]
         assert [event.value for event in shown] == pytest.approx([loss for _, loss in written])
+
+
+def test_perplexities_of_training_and_validation_are_in_every_file_and_in_tensorboard(
+    run: Path,
+) -> None:
+    events = read(run / "tensorboard")
+    with (run / "training_log.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    for kind, loss, column, tag in (
+        ("train", "loss", "perplexity", "train/perplexity"),
+        ("validation", "validation_loss", "validation_perplexity", "validation/perplexity"),
+    ):
+        rows = [row for row in curve(run) if row["kind"] == kind]
+        expected = [math.exp(row[loss]) for row in rows]
+        assert len(expected) >= 2 and [row[column] for row in rows] == expected
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(expected)
+        assert [float(row[column]) for row in logged if row["kind"] == kind] == expected
+
+
+def test_a_loss_without_a_finite_perplexity_has_none() -> None:
+    position = Position(step=1, tokens=8, epoch=None, phase="", phase_number=1)
+    assert "validation_perplexity" not in ValidationRecord(position, 1000.0, 4).to_dict()
+    assert ValidationRecord(position, 0.0, 4).to_dict()["validation_perplexity"] == 1.0
 
 
 def test_deepspeed_s_engine_adds_no_run_and_no_tag_of_its_own(run: Path) -> None:

@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,21 @@ def test_wandb_goes_on_in_the_same_run_with_every_row(run: Path) -> None:
             == 0
         )
     assert seen == metrics(run, "train", "loss")
+    perplexities = perplexities_of(wandb_history(records) for records in logs)
+    assert perplexities["train/perplexity"] == metrics(run, "train", "perplexity")
+    assert perplexities["validation/perplexity"] == metrics(
+        run, "validation", "validation_perplexity"
+    )
+
+
+def perplexities_of(logs: Iterable[Iterable[dict[str, Any]]]) -> dict[str, dict[int, float]]:
+    """The values of both perplexities by step."""
+    found: dict[str, dict[int, float]] = {"train/perplexity": {}, "validation/perplexity": {}}
+    for row in (row for log in logs for row in log):
+        for name, values in found.items():
+            if name in row:
+                values[row["step"]] = row[name]
+    return found
 
 
 def test_comet_goes_on_in_the_same_experiment_with_every_row(run: Path) -> None:
@@ -266,6 +281,9 @@ def test_comet_goes_on_in_the_same_experiment_with_every_row(run: Path) -> None:
     assert {
         step: value for (name, step), value in seen.items() if name == "at_a_glance/1_loss"
     } == pytest.approx(metrics(run, "train", "loss"))
+    assert {
+        step: value for (name, step), value in seen.items() if name == "validation/perplexity"
+    } == pytest.approx(metrics(run, "validation", "validation_perplexity"))
 
 
 def test_a_deterministic_run_without_trackers_has_the_same_losses(

@@ -19,6 +19,8 @@ TWIN_OF: dict[str, str] = {
     yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["base"]: name for name in SMALL_RECIPES
 }
 PUBLISHED = list(TWIN_OF)
+# Another schedule of a published model: its small copy is that of the model.
+SCHEDULES = {"khanh_692m_cosine"}
 PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long"}
 PHASED |= {f"h64lm_phase{number}" for number in (1, 2, 3, 4)}
 # What a small copy may have smaller than its model; everything else of the model section is
@@ -64,9 +66,9 @@ def differences(small: Recipe, real: Recipe) -> list[str]:
 
 
 def test_published_models_and_their_twins_are_there() -> None:
-    assert {"debug", "quickstart", "moe_1b"} | PHASED | set(PUBLISHED) | set(SMALL_RECIPES) == set(
-        NAMES
-    )
+    assert {"debug", "quickstart", "moe_1b"} | PHASED | SCHEDULES | set(PUBLISHED) | set(
+        SMALL_RECIPES
+    ) == set(NAMES)
     assert set(PUBLISHED) == {
         "h64lm", "h64lm_tied", "khanh_692m", "fastgpt_moe", "p828_60m", "p828_800m",
         "p828_800m_as_written", "mixtral_8x7b", "olmoe_1b_7b",
@@ -170,3 +172,50 @@ def test_the_phases_of_h64lm_have_its_rows_epochs_and_regularisation() -> None:
 def test_h64lm_has_the_steps_that_its_code_makes() -> None:
     recipe = load_recipe("h64lm")
     assert Timeline(recipe).num_steps == 7975 == int(20 * 51_044 / recipe.train.global_batch_size)
+
+
+def test_khanhllm_is_trained_as_published_and_its_later_schedule_differs_in_three_values() -> None:
+    recipe, later = load_recipe("khanh_692m"), load_recipe("khanh_692m_cosine")
+    train, optimizer = recipe.train, recipe.optimizer
+    assert (train.micro_batch_size, train.global_batch_size, train.sequence_length) == (1, 64, 2048)
+    assert (train.precision, train.tf32, train.compile) == ("fp32", True, "blocks")
+    assert train.activation_checkpointing and recipe.data.streaming
+    assert (optimizer.kind, optimizer.learning_rate) == ("adamw_8bit", 5e-5)
+    assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.95)
+    assert (recipe.schedule.kind, recipe.schedule.warmup_steps, train.grad_clip) == (
+        "constant",
+        0,
+        0.0,
+    )
+    steps = Timeline(later).num_steps
+    assert later.schedule.warmup_steps == max(1000, round(0.03 * steps))
+    assert later.schedule.kind == "cosine" and later.train.grad_clip == 1.0
+    lowest = later.optimizer.learning_rate * later.schedule.min_learning_rate_ratio
+    assert lowest == pytest.approx(5e-6)
+    changed = {"name", "train", "schedule"}
+    assert {
+        name
+        for name in Recipe.model_fields
+        if getattr(recipe, name) != getattr(later, name)
+    } == changed  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["p828_60m", "p828_800m", "p828_800m_as_written"])
+def test_project_828_is_trained_as_published_and_watched_for_its_red_flags(name: str) -> None:
+    recipe = load_recipe(name)
+    train, schedule, guards = recipe.train, recipe.schedule, recipe.guards
+    assert (train.micro_batch_size, train.global_batch_size, train.sequence_length) == (
+        8,
+        128,
+        2048,
+    )
+    assert check_topology(load_recipe(name, ["parallel.ep_size=1"]), 1, zero_stage=1) == 16
+    assert (Timeline(recipe).num_steps, schedule.warmup_steps) == (100_000, 2000)
+    assert (schedule.kind, train.grad_clip, recipe.checkpoint.interval_steps) == (
+        "cosine",
+        1.0,
+        50_000,
+    )
+    assert guards.loss_trend is not None and guards.loss_trend.window_steps == 5000
+    assert guards.sustained_grad_norm is not None and guards.sustained_grad_norm.max == 10.0
+    assert guards.validation_gap is not None and guards.non_finite.action == "skip"

@@ -10,6 +10,10 @@ from typing import ClassVar, Literal
 
 from pretrain.core.registry import Component, kinds_by_name
 
+# Elements that a head grows by if sinks are the score of one more key: fused kernels on CUDA take
+# heads whose size is a multiple of 8.
+SINK_WIDTH = 8
+
 
 @dataclass(frozen=True)
 class KernelDemands:
@@ -102,17 +106,30 @@ class Flex(Kernel):
     kind: Literal["flex"]
 
 
-# No fp32, sinks, document masks, or values of another width: flash_attn has no arguments for them.
+# No fp32, document masks, or values of another width: flash_attn has no arguments for them.
 class Flash(Kernel):
     """The package flash_attn (Dao 2023, FlashAttention-2), in fp16 or bf16."""
 
     implementation: ClassVar[str] = "pretrain.model.attention.kernels.flash:flash_attention"
     sliding_window: ClassVar[bool] = True
+    sinks: ClassVar[bool] = True
     alibi: ClassVar[bool] = True
     dropout: ClassVar[bool] = True
     package: ClassVar[str | None] = "flash_attn"
-    max_head_dim: ClassVar[int | None] = 256
+    max_head_dim: ClassVar[int] = 256
     kind: Literal["flash"]
+
+    @classmethod
+    def lacks(cls, demands: KernelDemands) -> list[str]:
+        """Sinks are the score of one more key and widen each head: what that rules out is added."""
+        missing = super().lacks(demands)
+        if demands.sinks:
+            with_window = ["sinks_with_a_window"] if demands.sliding_window else []
+            with_alibi = ["sinks_with_alibi"] if demands.alibi else []
+            widest = cls.max_head_dim - SINK_WIDTH
+            wide = [f"heads_wider_than_{widest}_with_sinks"]
+            missing += with_window + with_alibi + (wide if demands.widest_head > widest else [])
+        return sorted(missing)
 
 
 def kernel_section(name: str) -> type[Kernel]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from pretrain.model.attention.kernels.sink_key import widened, with_sinks
 from pretrain.model.attention.scores import Scores
-
-# Fused kernels on CUDA take heads whose size is a multiple of 8: a head with a sink grows by this.
-SINK_WIDTH = 8
 
 
 def sdpa_attention(
@@ -31,7 +29,7 @@ def sdpa_attention(
     causal = mask is None and num_queries > 1
     if scores.sinks_N is not None:
         # sdpa multiplies all scores by the scale, the sinks included: they are divided by it first.
-        q_BNSH, k_BMUH, v_BMUV = _with_sinks(
+        q_BNSH, k_BMUH, v_BMUV = with_sinks(
             q_BNSH, k_BMUH, v_BMUV, sinks_N=scores.sinks_N / scores.scale
         )
         if causal:
@@ -40,7 +38,7 @@ def sdpa_attention(
             q_BNSH = functional.pad(q_BNSH, (0, 0, 1, 0))
     # Fused kernels want values as wide as keys.
     width = max(q_BNSH.shape[3], value_size)
-    q_BNSH, k_BMUH, v_BMUV = (_widened(x, width) for x in (q_BNSH, k_BMUH, v_BMUV))
+    q_BNSH, k_BMUH, v_BMUV = (widened(x, width) for x in (q_BNSH, k_BMUH, v_BMUV))
     if num_queries == 1 and scores.slopes_N is None:
         # The heads that share a key head become queries of it, so that no key is repeated.
         q_BNSH = q_BNSH.reshape(-1, num_key_heads, num_heads // num_key_heads, width)
@@ -62,11 +60,6 @@ def sdpa_attention(
     return y_BNSV[..., :value_size]
 
 
-def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Each head padded with zeros to ``width`` elements; not copied if it is wide enough."""
-    return x if x.shape[3] == width else functional.pad(x, (0, width - x.shape[3]))
-
-
 def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor) -> torch.Tensor:
     """Whether a query sees a key, or with ALiBi a bias in the queries' dtype.
 
@@ -81,20 +74,3 @@ def _mask(scores: Scores, num_queries: int, num_keys: int, q_BNSH: torch.Tensor)
         # The sink's column: visible (True), or a bias of 0.
         mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
     return mask
-
-
-def _with_sinks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sinks_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One more key before the others, whose product with each query is the sink, and a zero value.
-
-    So sinks need no mask. Every head grows by SINK_WIDTH elements, of which only the first is used:
-    queries have their head's sink there, the new key has 1, and all other keys have 0.
-    """
-    sinks = sinks_N.to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
-    q = functional.pad(torch.cat((q, sinks), dim=3), (0, SINK_WIDTH - 1))
-    sink_key = torch.zeros(SINK_WIDTH + k.shape[3], dtype=k.dtype, device=k.device)
-    sink_key[k.shape[3]] = 1
-    k = functional.pad(k, (0, SINK_WIDTH))
-    k = torch.cat((sink_key.expand(*k.shape[:2], 1, -1), k), dim=2)
-    return q, k, functional.pad(v, (0, 0, 1, 0))

@@ -4,10 +4,14 @@ grouping and term of the scores.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -367,9 +371,100 @@ def test_flash_without_its_package_is_refused_when_the_model_is_built() -> None:
 
 def test_fp32_is_refused_to_flash() -> None:
     with pytest.raises(
-        ConfigError, match="kernel=flash cannot compute fp32, sinks: use reference or sdpa or flex"
+        ConfigError, match="kernel=flash cannot compute fp32: use reference or sdpa or flex"
     ):
         load_recipe(
             "debug",
             ["model.attention.kernel=flash", "model.attention.sinks=true", "train.precision=fp32"],
         )
+
+
+def flash_attn_func(
+    q_BSNH: torch.Tensor,
+    k_BUMH: torch.Tensor,
+    v_BUMH: torch.Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    alibi_slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """The package's documented function in plain arithmetic: the last query sees the last key."""
+    size, groups = q_BSNH.shape[3], q_BSNH.shape[2] // k_BUMH.shape[2]
+    assert causal and dropout_p == 0 and size % 8 == 0 and v_BUMH.shape[3] == size <= 256
+    q, k, v = (x.transpose(1, 2) for x in (q_BSNH, k_BUMH, v_BUMH))
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    queries, keys = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    distance = (queries + k.shape[2] - q.shape[2])[:, None] - keys
+    logits = q @ k.transpose(-2, -1) * softmax_scale
+    if alibi_slopes is not None:
+        logits = logits - alibi_slopes[:, None, None] * distance.abs()
+    hidden = distance < 0
+    if window_size[0] >= 0:
+        hidden = hidden | (distance > window_size[0])
+    weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> AttentionKernel:
+    """Our kernel around the package's function, whose CUDA form no machine of these tests has."""
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.delitem(sys.modules, "pretrain.model.attention.kernels.flash", raising=False)
+    module = importlib.import_module("pretrain.model.attention.kernels.flash")
+    monkeypatch.setattr(module, "_check_place", lambda q: None)
+    monkeypatch.delitem(sys.modules, "pretrain.model.attention.kernels.flash")
+    return module.flash_attention  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("mask", ["causal", "one_query_after_cache", "chunk_after_cache"])
+def test_flash_with_sinks_equals_the_definition_with_gradients(
+    flash: AttentionKernel, mask: str, heads: str
+) -> None:
+    everything = ((None, False, True), (None, False, False), (3, False, False), (6, True, False))
+    for terms in everything:
+        assert largest_difference(flash, reference_attention, mask, heads, terms) < 2e-6, terms
+    # A window leaves the sinks' key out, which is why the section refuses both together.
+    if mask == "causal":
+        wrong = (3, False, True)
+        assert largest_difference(flash, reference_attention, mask, heads, wrong) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacking"),
+    [
+        (("model.attention.sliding_window=4",), "sinks_with_a_window"),
+        (("model.position={kind: alibi}",), "sinks_with_alibi"),
+        (("model.attention.head_dim=256",), "heads_wider_than_248_with_sinks"),
+    ],
+)
+def test_flash_refuses_what_its_sinks_cannot_be_combined_with(
+    settings: tuple[str, ...], lacking: str
+) -> None:
+    base = ["model.attention.kernel=flash", "train.precision=bf16", *settings]
+    load_recipe("debug", base)
+    with pytest.raises(ConfigError, match=f"kernel=flash cannot compute {lacking}: use"):
+        load_recipe("debug", [*base, "model.attention.sinks=true"])
+
+
+def test_project_828_s_attention_with_sinks_takes_torch_s_fused_kernel_without_a_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert options["attn_mask"] is None and options["is_causal"]
+        options.pop("attn_mask")
+        chosen.append(torch._fused_sdp_choice(q, k, v, **options))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    model = DecoderLM(load_recipe("p828_60m_mini", ["model.vocab_size=64"]).model)
+    assert model.config.attention.sinks and model.config.attention.kernel == "sdpa"
+    model.logits(torch.zeros(1, 16, dtype=torch.int64))
+    # 1 is flash attention; 0 would be the plain form with every score in memory.
+    assert chosen == [int(torch.nn.attention.SDPBackend.FLASH_ATTENTION)] * 2
