@@ -218,7 +218,7 @@ class SourceStream:
         )
         for part in transformed or [text.content]:
             segments += [part] if isinstance(part, int) else tokenizer.pieces(part)
-        if tokenizer.append_eod:
+        if tokenizer.append_eod and tokenizer.eod_id is not None:
             segments.append(tokenizer.eod_id)
         return segments
 

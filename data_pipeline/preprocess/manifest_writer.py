@@ -137,7 +137,7 @@ def describe(
 def tokenizer_entry(tokenizer: Tokenizer, output: Output) -> TokenizerEntry:
     """The tokenizer, as a manifest has it."""
     return TokenizerEntry(
-        file=output.tokenizer,
+        file=output.tokenizer(tokenizer.content),
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,

@@ -39,7 +39,7 @@ class TokenizerEntry(ManifestPart):
     file: FileName
     sha256: str
     vocab_size: int
-    eod_id: int
+    eod_id: int | None = None
     bos_id: int | None = None
     pad_id: int | None = None
     append_eod: bool = True

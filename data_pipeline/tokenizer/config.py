@@ -21,6 +21,13 @@ class TokenPolicy(Section):
     pad_token: str | None = None
     append_eod: bool = True
     prepend_bos: bool = False
+    parse_special_tokens: bool = Field(
+        False,
+        description=(
+            "special tokens that a text spells out become their ids, for prepared chat or"
+            " fill-in-the-middle corpora; otherwise they are ordinary text"
+        ),
+    )
 
 
 class TokenizerConfig(TokenPolicy, Component):
@@ -35,8 +42,8 @@ class TokenizerConfig(TokenPolicy, Component):
 class ExistingTokenizer(TokenizerConfig):
     """A tokenizer that is loaded.
 
-    ``implementation`` is called with the section and returns the bytes of a ``tokenizer.json``
-    and a name for their origin, which error messages quote.
+    ``implementation`` is called with the section and returns the bytes of a ``tokenizer.json`` or
+    of a SentencePiece model, and a name for their origin, which error messages quote.
     """
 
 
@@ -108,7 +115,7 @@ class TokenizerFile(ExistingTokenizer):
 
 
 class SentencePieceFile(ExistingTokenizer):
-    """A SentencePiece ``.model``, converted to an equal ``tokenizer.json``."""
+    """A SentencePiece ``.model``: an equal ``tokenizer.json`` if there is one, else itself."""
 
     implementation: ClassVar[str] = "data_pipeline.tokenizer.configured:read_sentencepiece"
     kind: Literal["sentencepiece"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.tokenizer.files import tokenizer_file
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import (
     CARD,
     RECIPE,
-    TOKENIZER,
     read_recipe,
     read_run_recipe,
     read_state,
@@ -102,7 +102,7 @@ def export_hf(
     """
     recipe = read_recipe(checkpoint)
     target = choose_target(recipe, target_name)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(checkpoint), recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
     weights = open_whole_weights(checkpoint, recipe.model)
     model, tensors_in = (
@@ -175,7 +175,8 @@ def export_safetensors(
         write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
         check_same_numbers(links, ours, open_exported_weights(folder))
         (folder / RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
-        copy_file(checkpoint / TOKENIZER, folder / TOKENIZER)
+        tokenizer = tokenizer_file(checkpoint)
+        copy_file(tokenizer, folder / tokenizer.name)
         write_side_files(read_side_files(checkpoint), folder)
         size = sum(form.bytes for form in forms.values())
         conversion = Conversion(
@@ -208,8 +209,8 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
     check_universal(checkpoint)
     with published_folder(output, overwrite) as folder:
         tensors, size = write_universal(checkpoint, folder)
-        for name in (RECIPE, TOKENIZER):
-            copy_file(checkpoint / name, folder / name)
+        for path in (checkpoint / RECIPE, tokenizer_file(checkpoint)):
+            copy_file(path, folder / path.name)
         write_side_files(read_side_files(checkpoint), folder)
         conversion = Conversion(
             "universal", _write_card(checkpoint, folder), "float32", tensors, size, None

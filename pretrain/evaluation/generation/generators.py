@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from data_pipeline.tokenizer.files import tokenizer_file
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.tokenizer_files import end_ids, read_side_files, token_ids
 from pretrain.checkpoint.weights import load_model
 from pretrain.core.errors import ConfigError
@@ -172,7 +172,7 @@ def open_generator(path: Path, device: torch.device) -> NativeGenerator | Transf
         return open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device=device)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(checkpoint), recipe.data.tokenizer)
     return NativeGenerator(model, tokenizer, device, end_ids(read_side_files(checkpoint)))
 
 
