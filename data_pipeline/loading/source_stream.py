@@ -225,11 +225,11 @@ class SourceStream:
     def _open_encoder(self, batch: list[Text]) -> CheckedEncoder:
         """The encoder, chosen by the first batch: it is a sample of what is to come."""
         if self._encoder is None:
-            sha256 = self.tokenizer.sha256
-            if sha256 not in _chosen:
+            key = self.tokenizer.sha256, self.tokenizer.parse_special_tokens
+            if key not in _chosen:
                 sample = [text.content for text in batch]
-                _chosen[sha256] = choose_engine(self.tokenizer, sample).name
-            self._encoder = CheckedEncoder(self.tokenizer, _chosen[sha256])
+                _chosen[key] = choose_engine(self.tokenizer, sample).name
+            self._encoder = CheckedEncoder(self.tokenizer, _chosen[key])
         return self._encoder
 
     def _texts(self, start: Place) -> Iterator[Text]:

@@ -145,6 +145,7 @@ def tokenizer_entry(tokenizer: Tokenizer, output: Output) -> TokenizerEntry:
         pad_id=tokenizer.pad_id,
         append_eod=tokenizer.append_eod,
         prepend_bos=tokenizer.prepend_bos,
+        parse_special_tokens=True if tokenizer.parse_special_tokens else None,
     )
 
 

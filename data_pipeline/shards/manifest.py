@@ -44,6 +44,8 @@ class TokenizerEntry(ManifestPart):
     pad_id: int | None = None
     append_eod: bool = True
     prepend_bos: bool = False
+    # True or left out, so that data from before this field keep their fingerprint.
+    parse_special_tokens: Literal[True] | None = None
 
     @model_validator(mode="after")
     def _tokens_are_in_the_vocabulary(self) -> TokenizerEntry:
@@ -208,6 +210,8 @@ class Manifest(ManifestPart):
         )
         # The blocks' checksums say nothing that SHA-256 does not: data keeps its fingerprint from
         # version 2.
+        if content["tokenizer"]["parse_special_tokens"] is None:
+            del content["tokenizer"]["parse_special_tokens"]
         return canonical_sha256(
             content
             | {

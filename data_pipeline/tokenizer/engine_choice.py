@@ -31,6 +31,7 @@ from pretrain.core.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+REFERENCES = ("sentencepiece", "tokenizers")
 LIKELY_ENGINE = "fastokens"
 MOST_TOKENS_SPELLED = 1000
 
@@ -78,6 +79,9 @@ def choose_engine(
     expected += _rows(*open_engine(reference, tokenizer).encode_flat(torture))
     for name in ENGINE_NAMES:
         if name == reference:
+            continue
+        if name in REFERENCES:
+            reasons[name] = f"the tokenizer is a file of the {reference} library"
             continue
         if len(speeds) > 1:
             reasons[name] = "it is not faster as a rule"

@@ -63,8 +63,11 @@ class Tokenizer:
         self.origin = origin
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.parse_special_tokens = policy.parse_special_tokens
-        kind = SentencePieceReference if is_sentencepiece(content) else TokenizersReference
-        self.reference: Reference = kind(content, origin, self.parse_special_tokens)
+        self.reference: Reference = (
+            SentencePieceReference(content, origin, self.parse_special_tokens)
+            if is_sentencepiece(content)
+            else TokenizersReference(content, origin, self.parse_special_tokens)
+        )
         self.vocab_size = max(self.reference.vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= LARGEST_ID:
             raise DataError(

@@ -35,15 +35,18 @@ class TextGenerator(Protocol):
     """What a command needs to write text. A new document starts with ``eod_id``.
 
     Attributes:
-        end_ids: tokens that end a text; ``eod_id`` is among them.
+        end_ids: tokens that end a text; ``eod_id`` is among them if there is one.
         call_dependence: why logits depend on what is computed together, in a sentence; None if they
             do not.
     """
 
-    eod_id: int
     end_ids: frozenset[int]
     max_positions: int
     call_dependence: str | None
+
+    @property
+    def eod_id(self) -> int:
+        """The token that ends a document; :class:`ConfigError` if the tokenizer has none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -74,10 +77,19 @@ class NativeGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.device = device
-        self.eod_id = tokenizer.eod_id
         self.max_positions = model.config.max_position_embeddings
         self.call_dependence = call_dependence(model.config)
-        self.end_ids = ends | {self.eod_id}
+        self.end_ids = ends | ({tokenizer.eod_id} if tokenizer.eod_id is not None else set())
+
+    @property
+    def eod_id(self) -> int:
+        """See :attr:`TextGenerator.eod_id`."""
+        if self.tokenizer.eod_id is None:
+            raise ConfigError(
+                f"{self.tokenizer.origin} has no token that ends a document, with which a new text"
+                " begins: begin with a prompt, or name it with data.tokenizer.eod_token"
+            )
+        return self.tokenizer.eod_id
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
