@@ -36,6 +36,8 @@ def open_model(content: bytes, origin: str) -> tuple[Any, Any]:
     try:
         proto.ParseFromString(content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if not any(piece.type == UNKNOWN for piece in proto.pieces):
+            raise ValueError("it has no unknown piece")
     except BaseException as error:  # each library raises its own
         raise DataError(
             f"{origin} is not a SentencePiece model that can be read ({failure(error)}): give an"

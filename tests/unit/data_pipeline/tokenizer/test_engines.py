@@ -249,11 +249,13 @@ def test_a_checked_engine_gives_what_the_engine_gives(tokenizer: Tokenizer) -> N
 def test_letters_of_newer_unicode_are_tried_where_a_token_reaches_out_of_them() -> None:
     # U+A7CF came with Unicode 17; its last byte and '",' make up a token of signs here.
     tokenizer = train_bpe([f'"{sign}",' for sign in "⁏⎏␏▏●☏⚏"] * 9, TrainBPE(vocab_size=262))
-    assert any(
-        token.endswith('",') and len(token) == 3 for token in tokenizer.reference.vocabulary
+    assert any(token.endswith('",') and len(token) == 3 for token in tokenizer.reference.vocabulary)
+    assert (
+        '\ua7cf", x' in "\n".join(newer_unicode_texts(tokenizer.reference.vocabulary)).splitlines()
     )
-    assert '\ua7cf", x' in "\n".join(newer_unicode_texts(tokenizer.reference.vocabulary)).splitlines()
-    assert not newer_unicode_texts(train_bpe(["plain"] * 9, TrainBPE(vocab_size=300)).reference.vocabulary)
+    assert not newer_unicode_texts(
+        train_bpe(["plain"] * 9, TrainBPE(vocab_size=300)).reference.vocabulary
+    )
 
 
 def test_first_difference_is_a_token_or_the_end_of_the_shorter() -> None:
