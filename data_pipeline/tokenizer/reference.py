@@ -25,6 +25,7 @@ class Reference(Protocol):
         vocabulary: the id of every token by its spelling.
         special_tokens: the ids of tokens that no text holds unless they are parsed.
         added_tokens: the ids of these and of other tokens that are looked for in a text as a whole.
+        unknown_token: what stands for text without a token; None if nothing does.
         end_id, begin_id, pad_id: what the file itself says of documents; None if it says nothing.
     """
 
@@ -33,6 +34,7 @@ class Reference(Protocol):
     vocabulary: dict[str, int]
     special_tokens: dict[str, int]
     added_tokens: dict[str, int]
+    unknown_token: str | None
     end_id: int | None
     begin_id: int | None
     pad_id: int | None
@@ -56,7 +58,7 @@ class TokenizersReference:
 
     engine = "tokenizers"
     file_name = JSON_NAME
-    end_id = begin_id = pad_id = None
+    end_id = begin_id = pad_id = unknown_token = None
 
     def __init__(self, content: bytes, origin: str, parse_special_tokens: bool) -> None:
         self.library = _read_json(content, origin)

@@ -110,7 +110,7 @@ def export_hf(
     )
     with published_folder(output, overwrite) as folder:
         side_files = read_side_files(checkpoint)
-        tensors, size, left_out = write_hf_folder(
+        tensors, size, left_out, note = write_hf_folder(
             folder, target, model, tensors_in, tokenizer, dtype, shard_bytes, side_files
         )
         parity = None
@@ -125,7 +125,7 @@ def export_hf(
             )
             parity = compare_logits(reference, load_exported(folder), windows_WS)
             check_parity(parity)
-        step = _write_card(checkpoint, folder)
+        step = _write_card(checkpoint, folder, note)
         conversion = Conversion(
             target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out
         )
@@ -133,10 +133,13 @@ def export_hf(
     return conversion
 
 
-def _write_card(checkpoint: Path, folder: Path) -> int:
+def _write_card(checkpoint: Path, folder: Path, tokenizer_note: str | None = None) -> int:
     """Writes the model card into an export; returns the step that the weights are of."""
     state = read_state(checkpoint)
-    (folder / CARD).write_text(model_card(read_run_recipe(checkpoint), state), encoding="utf-8")
+    card = model_card(read_run_recipe(checkpoint), state)
+    if tokenizer_note is not None:
+        card += f"\n## Tokenizer\n\n{tokenizer_note[0].upper()}{tokenizer_note[1:]}.\n"
+    (folder / CARD).write_text(card, encoding="utf-8")
     return int(state["step"])
 
 
