@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import product
 
 from data_pipeline.tokenizer.agreement import folding_characters
@@ -44,7 +45,10 @@ def boundary_probe(tokenizer: Tokenizer) -> Tokenizer | None:
     for character in characters:
         for end in range(1, len(character)):
             join(character[:end], character[end])
-    for left, right in product(characters, repeat=2):
+    pairs = list(product(characters, repeat=2))
+    # In any plain order a pair would join before or behind a cut each time, which hides it.
+    random.Random(0).shuffle(pairs)
+    for left, right in pairs:
         join(left, right)
     content = json.loads(reference.library.to_str())
     content |= {
