@@ -1,4 +1,4 @@
-"""The libraries whose ids are the right ones, behind one interface: tokenizers and sentencepiece."""
+"""The libraries whose ids are the right ones, tokenizers and sentencepiece, in one interface."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def convert_sentencepiece(content: bytes, origin: str) -> bytes:
 
 
 def _unlike_json(proto: Any) -> str | None:
-    """Return why no ``tokenizer.json`` of :func:`_convert` has the ids of a model, if it is known."""
+    """Return why :func:`_convert` makes nothing with the ids of a model, if that is known."""
     trainer = proto.trainer_spec
     normalizer = proto.normalizer_spec
     types = {piece.type for piece in proto.pieces}

@@ -49,8 +49,8 @@ def open_model(content: bytes, origin: str) -> tuple[Any, Any]:
 class SentencePieceReference:
     """A model in the sentencepiece library (Kudo & Richardson 2018).
 
-    Control symbols are its special tokens. Where they are parsed, what lies between them is
-    encoded as texts of their own.
+    Control symbols are its special tokens. Where they are parsed, what is between them is
+    encoded as texts of its own.
     """
 
     engine = "sentencepiece"

@@ -1,4 +1,4 @@
-"""A SentencePiece model all the way: trained on the corpus, encoded by several workers, in runs of two
+"""A SentencePiece model all the way: trained on the corpus, used by several workers, in runs of two
 ranks, streams, checkpoints, generation, evaluation and an export of transformers.
 """
 
@@ -47,7 +47,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def checkpoint(project: Tiny) -> Path:
-    """Two ranks train three steps, and go on for two more in a second start."""
+    """Two ranks train three steps, and two more in a second start."""
     run = project.folder / "run"
     for steps in (3, 5):
         ranks = start_ranks(project.arguments(run, steps=steps), project.folder)
@@ -71,10 +71,7 @@ def test_workers_write_the_ids_of_the_library_and_two_builds_are_equal(project: 
     }
     stream = open_split(manifest, "validation")
     starts = [*stream.document_starts(0, stream.num_tokens).tolist(), stream.num_tokens]
-    found = {
-        tuple(stream.read(start, end - start).tolist())
-        for start, end in pairwise(starts)
-    }
+    found = {tuple(stream.read(start, end - start).tolist()) for start, end in pairwise(starts)}
     assert found and found < expected
     # In the training split some documents are rearranged, by sentinels that no text spells.
     train = open_split(manifest, "train")

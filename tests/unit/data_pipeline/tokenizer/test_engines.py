@@ -236,6 +236,17 @@ def test_a_running_engine_is_checked_on_the_documents_that_their_digests_choose(
         encoder.encode_flat(texts, [10, 1, 2, 3, 40, 5], names(texts))
 
 
+def test_documents_where_engines_are_likely_to_differ_are_checked_more_often(
+    tokenizer: Tokenizer,
+) -> None:
+    texts = ["plain", "größe", "it'ſ", "Adapazarı'nı", "x'\u212a", "ﬁ 's"]
+    encoder = CheckedEncoder(tokenizer, "fastokens", check_every=1000)
+    encoder.encode_flat(texts, [16] * len(texts), names(texts))
+    assert encoder.checked == 3
+    encoder.encode_flat(texts, [17] * len(texts), names(texts))
+    assert encoder.checked == 3
+
+
 def test_a_checked_engine_gives_what_the_engine_gives(tokenizer: Tokenizer) -> None:
     texts = [*TEXTS, *AWKWARD]
     expected = open_engine("tokenizers", tokenizer).encode_flat(texts)

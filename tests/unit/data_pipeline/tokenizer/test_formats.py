@@ -1,5 +1,5 @@
-"""SentencePiece, tiktoken and Mistral tokenizers: ids are those of their own libraries, whether they
-become tokenizer.json files or stay models, or they are refused.
+"""SentencePiece, tiktoken and Mistral tokenizers: ids are those of their own libraries, whether
+they become tokenizer.json files or stay models, or they are refused.
 """
 
 from __future__ import annotations
