@@ -53,6 +53,9 @@ EXAMPLES = """\
   python tools/preprocess_data.py --input "corpus/*.jsonl.zst" --text-field text \\
       --tokenizer tokenizer.json --output-prefix data/corpus --workers 2 --append-eod
       Megatron's form: data/corpus.bin and .idx, one document a record, nothing held out
+  python tools/preprocess_data.py --input chats.jsonl --tokenizer spm.model --output data/chats \
+      --parse-special-tokens
+      texts in which special tokens are spelled out, such as <|im_start|>
   python tools/preprocess_data.py --input "web/*.parquet" ~/src/project --output data/mix
       several kinds at once; the kind of a folder is that of its files
   python tools/preprocess_data.py --input my/hub_clone --output data/clone
@@ -201,8 +204,14 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     )
     tokenizer.add_argument(
         "--engine",
-        choices=["fastokens", "gigatoken", "tiktoken", "tokenizers"],
+        choices=["fastokens", "gigatoken", "tiktoken", "sentencepiece", "tokenizers"],
         help="library that encodes (default: the fastest with equal ids)",
+    )
+    tokenizer.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        default=None,
+        help="special tokens that a text spells out become their ids (default: ordinary text)",
     )
 
 
@@ -285,6 +294,7 @@ def _check_import(arguments: argparse.Namespace) -> None:
         "max_samples",
         "validation_documents",
         "append_eod",
+        "parse_special_tokens",
         "engine",
         "split_by",
         "max_shard_bytes",
@@ -338,6 +348,8 @@ def _set_tokenizer(data: JsonObject, arguments: argparse.Namespace) -> None:
     )
     if append_eod is not None:
         section = {"kind": "train_bpe"} | section | {"append_eod": append_eod}
+    if arguments.parse_special_tokens:
+        section = {"kind": "train_bpe"} | section | {"parse_special_tokens": True}
     if section:
         data["tokenizer"] = section
 

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
+from data_pipeline.tokenizer.files import tokenizer_file
 from pretrain.core import startup  # not found? Run `pip install -e .` in the checkout.
 
 startup.prepare()  # before the slow imports
 
-from pretrain.checkpoint.layout import TOKENIZER, read_recipe, read_state
+from pretrain.checkpoint.layout import read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.next_command import fewest_ranks, training_command
@@ -173,7 +174,7 @@ def upcycle(arguments: argparse.Namespace) -> UpcyclingResult:
         before = scoring.loss(checkpoint) if scoring is not None else None
         tensors = upcycled_tensors(StoredWeights(checkpoint), recipe.model, options)
         write_weights_folder(
-            folder, recipe, tensors, checkpoint / TOKENIZER, read_state(checkpoint)["step"]
+            folder, recipe, tensors, tokenizer_file(checkpoint), read_state(checkpoint)["step"]
         )
         # The folder is not published yet: checked_folder removes it if an error is raised below.
         after = scoring.loss(folder) if scoring is not None else None

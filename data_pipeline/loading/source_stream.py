@@ -218,18 +218,18 @@ class SourceStream:
         )
         for part in transformed or [text.content]:
             segments += [part] if isinstance(part, int) else tokenizer.pieces(part)
-        if tokenizer.append_eod:
+        if tokenizer.append_eod and tokenizer.eod_id is not None:
             segments.append(tokenizer.eod_id)
         return segments
 
     def _open_encoder(self, batch: list[Text]) -> CheckedEncoder:
         """The encoder, chosen by the first batch: it is a sample of what is to come."""
         if self._encoder is None:
-            sha256 = self.tokenizer.sha256
-            if sha256 not in _chosen:
+            key = self.tokenizer.sha256, self.tokenizer.parse_special_tokens
+            if key not in _chosen:
                 sample = [text.content for text in batch]
-                _chosen[sha256] = choose_engine(self.tokenizer, sample).name
-            self._encoder = CheckedEncoder(self.tokenizer, _chosen[sha256])
+                _chosen[key] = choose_engine(self.tokenizer, sample).name
+            self._encoder = CheckedEncoder(self.tokenizer, _chosen[key])
         return self._encoder
 
     def _texts(self, start: Place) -> Iterator[Text]:

@@ -43,6 +43,7 @@ from data_pipeline.preprocess.worker import (
     BANDS,
     DIGESTS,
     MARKS,
+    TOKENIZER,
     Job,
     encode_unit,
     looks_for_duplicates,
@@ -170,8 +171,10 @@ class Build:
         if self.config.validation_documents is not None:
             self.task = replace(self.task, split=self._exact_split())
         tokenizer = given or self._trained_tokenizer()
-        write_synced(self.workspace / "tokenizer.json", tokenizer.content)
-        self.task = replace(self.task, tokenizer_sha256=tokenizer.sha256)
+        write_synced(self.workspace / TOKENIZER, tokenizer.content)
+        self.task = replace(
+            self.task, tokenizer_sha256=tokenizer.sha256, engine=tokenizer.reference.engine
+        )
         with Stage("choosing the engine", self.progress and engine is None, counts_documents=True):
             engine = engine or fit_engine(self.plan, self.task, self.pool)
         self.task = replace(self.task, engine=engine)
@@ -191,9 +194,10 @@ class Build:
             self.plan, self.output, self.workspace, records, shards, tokenizer
         )
         check_exact_split(self.config, manifest)
-        write_synced(self.workspace / "shards" / self.output.tokenizer, tokenizer.content)
+        name = self.output.tokenizer(tokenizer.content)
+        write_synced(self.workspace / "shards" / name, tokenizer.content)
         content = (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode()
-        publish(self.workspace, self.output, [self.output.tokenizer, *names], content)
+        publish(self.workspace, self.output, [name, *names], content)
         return BuildResult(
             self.output, manifest.at(self.output.folder), reused=False, engine=self.task.engine
         )
@@ -212,7 +216,7 @@ class Build:
         records = self._run(sample_unit, "samples", task, numbers, "sampling")
         if len(numbers) == len(self.plan.units):
             self.task = replace(self.task, split=self._split_plan(records))
-        trained = self.workspace / "trained.json"
+        trained = self.workspace / "trained"
         if not trained.exists():
             tokenizer = train_tokenizer(
                 config, self.workspace, numbers, self.task.split, progress=self.progress

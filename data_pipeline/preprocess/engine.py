@@ -14,7 +14,8 @@ from data_pipeline.preprocess.pool import Pool
 from data_pipeline.preprocess.reader import Task
 from data_pipeline.preprocess.worker import choose, encode_ahead, unit_folder
 from data_pipeline.sources.interface import Document
-from data_pipeline.tokenizer.engine_choice import LIKELY_ENGINE, REFERENCE
+from data_pipeline.tokenizer.engine_choice import LIKELY_ENGINE
+from data_pipeline.tokenizer.sentencepiece_reference import SentencePieceReference
 
 SAMPLE_CHARACTERS = 1 << 16
 SAMPLED_UNITS = 8
@@ -27,10 +28,11 @@ def fit_engine(plan: BuildPlan, task: Task, pool: Pool) -> str:
     """The engine for a build, by a sample of its corpus.
 
     Units that were encoded in the meantime stay if their engine is the one; else the next stage
-    finds that they are of another plan.
+    finds that they are of another plan. The task's engine is the tokenizer's own library.
     """
-    if plan.input_bytes < WORTH_CHOOSING_FOR:
-        return REFERENCE
+    # The other engines hold no SentencePiece model.
+    if plan.input_bytes < WORTH_CHOOSING_FOR or task.engine == SentencePieceReference.engine:
+        return task.engine
     likely = replace(task, engine=LIKELY_ENGINE)
     choice = pool.begin(choose, (likely, sample_texts(plan, task)))
     missing = (

@@ -290,7 +290,8 @@ class _Import:
     def publish(self, workspace: Workspace, identity: dict[str, str]) -> ImportResult:
         """Write the manifest and move all files to their names."""
         manifest = self._manifest(identity)
-        write_synced(workspace.folder / "shards" / self.output.tokenizer, self.tokenizer.content)
+        name = self.output.tokenizer(self.tokenizer.content)
+        write_synced(workspace.folder / "shards" / name, self.tokenizer.content)
         names = [
             f"{entry.prefix}{ending}"
             for split in self.splits.values()
@@ -300,7 +301,7 @@ class _Import:
         publish(
             workspace.folder,
             self.output,
-            [self.output.tokenizer, *names],
+            [name, *names],
             (manifest.model_dump_json(indent=2, exclude_none=True) + "\n").encode(),
         )
         return ImportResult(
@@ -335,7 +336,7 @@ class _Import:
 
     def _manifest(self, identity: dict[str, str]) -> Manifest:
         around = {
-            "append_eod": self.with_eod == self.documents,
+            "append_eod": self.with_eod == self.documents and self.tokenizer.eod_id is not None,
             "prepend_bos": self.with_bos == self.documents and self.tokenizer.bos_id is not None,
         }
         return Manifest(
@@ -358,7 +359,12 @@ class _Import:
                     f"{job.shard.prefix} has no index: it is taken as {job.shard.form}'s,"
                     f" {count:,} documents, cut at the token {self.tokenizer.eod_id}"
                 )
-        if self.with_eod != self.documents:
+        if self.tokenizer.eod_id is None:
+            yield (
+                "the tokenizer has no token that ends a document: each runs into the next one in"
+                " training, unless data.document_mask is on"
+            )
+        elif self.with_eod != self.documents:
             yield (
                 f"{self.with_eod:,} of {self.documents:,} documents end with the end-of-document"
                 f" token {self.tokenizer.eod_id}: the others run into the next one in training,"

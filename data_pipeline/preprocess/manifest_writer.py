@@ -6,11 +6,11 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import orjson
-import tokenizers
 
 from data_pipeline.preprocess.merge import ShardRecord, kept_documents
 from data_pipeline.preprocess.plan import BuildPlan
@@ -115,8 +115,9 @@ def describe(
         path = workspace / "shards" / output.name(name)
         if _write_rows(path, rows):
             names.append(path.name)
+    library = tokenizer.reference.engine
     manifest = Manifest(
-        created_by=f"tools/preprocess_data.py with tokenizers {tokenizers.__version__}",
+        created_by=f"tools/preprocess_data.py with {library} {version(library)}",
         request_sha256=plan.request_sha256,
         inputs_sha256=plan.inputs_sha256,
         dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "int32",
@@ -137,7 +138,7 @@ def describe(
 def tokenizer_entry(tokenizer: Tokenizer, output: Output) -> TokenizerEntry:
     """The tokenizer, as a manifest has it."""
     return TokenizerEntry(
-        file=output.tokenizer,
+        file=output.tokenizer(tokenizer.content),
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
@@ -145,6 +146,7 @@ def tokenizer_entry(tokenizer: Tokenizer, output: Output) -> TokenizerEntry:
         pad_id=tokenizer.pad_id,
         append_eod=tokenizer.append_eod,
         prepend_bos=tokenizer.prepend_bos,
+        parse_special_tokens=True if tokenizer.parse_special_tokens else None,
     )
 
 

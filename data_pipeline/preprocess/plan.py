@@ -83,6 +83,9 @@ def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
     tokenizer = config.tokenizer.model_dump(
         mode="json", exclude={"path", "name", "vocab_size"} if given else set()
     )
+    # Data from before this field are those without it.
+    if not tokenizer["parse_special_tokens"]:
+        del tokenizer["parse_special_tokens"]
     content = config.model_dump(mode="json", exclude=NOT_IN_SHARDS)
     minhash = near_duplicates.algorithm() if config.cleaning.near_duplicates else None
     return canonical_sha256(

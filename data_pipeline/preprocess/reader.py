@@ -42,7 +42,7 @@ class Task:
 
     Attributes:
         workspace: the staging folder, which holds the tokenizer too.
-        tokenizer_sha256: of the tokenizer.json in the workspace.
+        tokenizer_sha256: of the tokenizer in the workspace.
         engine: that encodes.
         sample_shares: of each source's text that the training of a tokenizer looks at.
         held_out_only: write this many documents of the validation split and nothing else.

@@ -74,7 +74,8 @@ def _print_sources(manifest: Manifest) -> None:
 def _print_tokenizer(result: BuildResult) -> None:
     tokenizer = result.manifest.tokenizer
     print(
-        f"\nvocabulary  {tokenizer.vocab_size:,} entries, end of document is {tokenizer.eod_id}"
+        f"\nvocabulary  {tokenizer.vocab_size:,} entries, end of document is"
+        f" {'no token' if tokenizer.eod_id is None else tokenizer.eod_id}"
         + (f"; encoded with {result.engine}" if result.engine else "")
     )
     if isinstance(result, ImportResult) and result.how is not None:
@@ -88,6 +89,8 @@ def _print_tokenizer(result: BuildResult) -> None:
 def _ends(tokenizer: TokenizerEntry) -> str:
     """Return which tokens begin and end the documents, as the import has found it."""
     begin = f"begin with the token {tokenizer.bos_id} and " if tokenizer.prepend_bos else ""
+    if tokenizer.eod_id is None:
+        return f"{begin}end with no token"
     return (
         f"{begin}{'end' if tokenizer.append_eod else 'do not all end'} with the token"
         f" {tokenizer.eod_id}"

@@ -37,6 +37,8 @@ SAMPLE = "sample.jsonl"
 DIGESTS = "digests.npy"
 BANDS = "bands.npy"
 MARKS = "marks.npy"
+# In the staging folder, of either kind.
+TOKENIZER = "tokenizer"
 SIDES = "sides.npy"
 TEXT_BYTES = "text_bytes.npy"
 NAMES = "names.jsonl"
@@ -192,7 +194,11 @@ class PartWriter:
             if self.tokenizer.prepend_bos and self.tokenizer.bos_id is not None
             else []
         )
-        self._after: list[str | int] = [self.tokenizer.eod_id] if self.tokenizer.append_eod else []
+        self._after: list[str | int] = (
+            [self.tokenizer.eod_id]
+            if self.tokenizer.append_eod and self.tokenizer.eod_id is not None
+            else []
+        )
         self._batch, self._bytes = Batch(), 0
         self._stack = ExitStack()
 
@@ -416,7 +422,7 @@ def _encoder(task: Task) -> CheckedEncoder:
 
 @lru_cache(maxsize=1)
 def _cached_tokenizer(workspace: str, sha256: str, policy: str) -> Tokenizer:
-    content = (Path(workspace) / "tokenizer.json").read_bytes()
+    content = (Path(workspace) / TOKENIZER).read_bytes()
     return Tokenizer(
         content, "the tokenizer of this build", TokenPolicy.model_validate_json(policy)
     )

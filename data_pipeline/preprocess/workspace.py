@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from data_pipeline.shards.manifest import MANIFEST_NAME
+from data_pipeline.tokenizer.files import name_of
 from pretrain.core import faults
 from pretrain.core.errors import StorageError
 from pretrain.core.files import JsonObject, fsync_path, write_synced
@@ -71,10 +72,9 @@ class Output:
         """The path of the manifest."""
         return self.folder / self.name(MANIFEST_NAME)
 
-    @property
-    def tokenizer(self) -> str:
-        """The name of the tokenizer's file."""
-        return self.name(TOKENIZER_NAME)
+    def tokenizer(self, content: bytes) -> str:
+        """Return the name of the tokenizer's file, by what is in it."""
+        return self.name(name_of(content))
 
 
 def begin_staging(folder: Path, request_sha256: str) -> None:

@@ -67,8 +67,12 @@ class Datasets:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills what no document fills."""
-        return self.tokenizer.eod_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
+        """The token that fills what no document fills.
+
+        It has no loss, and no document sees it: without a token for it, any other one will do.
+        """
+        named = (self.tokenizer.pad_id, self.tokenizer.eod_id)
+        return next((token for token in named if token is not None), 0)
 
     @property
     def place(self) -> str:

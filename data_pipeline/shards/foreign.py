@@ -72,7 +72,7 @@ class ForeignShard:
         for start in range(begin, end, READ_TOKENS):
             yield self.read(start, min(start + READ_TOKENS, end))
 
-    def document_ends(self, eod_id: int) -> np.ndarray:
+    def document_ends(self, eod_id: int | None) -> np.ndarray:
         """Return ``ends``, or the ends that the end-of-document tokens imply.
 
         A document begins at each such token if the first token is one; otherwise it ends behind
@@ -80,6 +80,12 @@ class ForeignShard:
         """
         if self.ends is not None:
             return self.ends
+        if eod_id is None:
+            raise DataError(
+                f"{self.path} has no index, and the tokenizer no token that ends a document, so"
+                " that nothing says where documents end: name the token with"
+                " data.tokenizer.eod_token"
+            )
         found = [np.zeros(0, np.int64)]
         start = 0
         before = False

@@ -39,11 +39,13 @@ class TokenizerEntry(ManifestPart):
     file: FileName
     sha256: str
     vocab_size: int
-    eod_id: int
+    eod_id: int | None = None
     bos_id: int | None = None
     pad_id: int | None = None
     append_eod: bool = True
     prepend_bos: bool = False
+    # True or left out, so that data from before this field keep their fingerprint.
+    parse_special_tokens: Literal[True] | None = None
 
     @model_validator(mode="after")
     def _tokens_are_in_the_vocabulary(self) -> TokenizerEntry:
@@ -210,6 +212,8 @@ class Manifest(ManifestPart):
         )
         # The blocks' checksums say nothing that SHA-256 does not: data keeps its fingerprint from
         # version 2.
+        if content["tokenizer"]["parse_special_tokens"] is None:
+            del content["tokenizer"]["parse_special_tokens"]
         return canonical_sha256(
             content
             | {

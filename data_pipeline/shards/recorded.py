@@ -52,4 +52,8 @@ def _tokenizer(data: DataConfig, manifest: Manifest) -> list[str]:
     for field in ("append_eod", "prepend_bos"):
         if getattr(asked, field) != getattr(recorded, field):
             found.append(f"their {field} is {str(getattr(recorded, field)).lower()}")
+    if asked.parse_special_tokens != bool(recorded.parse_special_tokens):
+        found.append(
+            f"their special tokens were {'' if recorded.parse_special_tokens else 'not '}parsed"
+        )
     return found

@@ -6,9 +6,9 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
-import tokenizers
 
 from data_pipeline.tokenizer.patterns import byte_characters
 
@@ -69,10 +69,47 @@ def torture_texts(tokens: Iterable[str] = ()) -> list[str]:
     ]
 
 
-def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
+@lru_cache(maxsize=1)
+def folding_characters() -> str:
+    """Return the characters beyond ASCII that stand for an ASCII letter in another case.
+
+    An expression that ignores case may take them for that letter: ſ for s, the sign of Kelvin for
+    k, ligatures for their letters. Engines differ in which.
+    """
+    return "".join(
+        character
+        for character in map(chr, range(0x80, 0x10000))
+        if any(
+            "a" <= letter <= "z"
+            for other in (character.casefold(), character.lower(), character.upper())
+            if other != character
+            for letter in other.lower()
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def case_folding_texts() -> list[str]:
+    """Return about 10 KB of text with apostrophes before and after :func:`folding_characters`.
+
+    Contractions such as 's and 'LL are where the expressions of tokenizers ignore case.
+    """
+    characters = folding_characters()
+    texts = [
+        f"'{each} x'{each} X'{each}x '{each}SS '{each}e '{each.upper()} '{each}{each} "
+        f"'r{each} 'V{each} 'l{each}S 'L{each} 1'{each}1 ''{each} '{each}'s '{each}\u0301 "
+        f"x{each}'s x{each}'{each}x{each} {each}'Ll"
+        for each in characters
+    ]
+    source = random.Random(0)
+    alphabet = ["'"] * 8 + list("sStTrReEvVmMlLdDkK xX1\n" + characters)
+    return texts + ["".join(source.choices(alphabet, k=300)) for _ in range(16)]
+
+
+def newer_unicode_texts(vocabulary: Iterable[str]) -> list[str]:
     """Return texts whose tokens show whether a code point is taken for a letter.
 
-    The vocabulary must be a byte-level one.
+    The vocabulary must be a byte-level one, in the spelling of a ``tokenizer.json``.
 
     Regular expression engines know different versions of Unicode. That one of them takes a new
     letter for a sign changes tokens only if one reaches from the letter's last byte into the
@@ -84,7 +121,7 @@ def newer_unicode_texts(library: tokenizers.Tokenizer) -> list[str]:
     # By the first byte of a letter: the smallest of the texts that a token joins to it.
     before: dict[str, str] = {}
     after: dict[str, str] = {}
-    for token in library.get_vocab():
+    for token in vocabulary:
         spelled = token.translate(bytes_of)
         if spelled.isascii():
             continue

@@ -21,6 +21,13 @@ class TokenPolicy(Section):
     pad_token: str | None = None
     append_eod: bool = True
     prepend_bos: bool = False
+    parse_special_tokens: bool = Field(
+        False,
+        description=(
+            "special tokens that a text spells out become their ids, for prepared chat or"
+            " fill-in-the-middle corpora; otherwise they are ordinary text"
+        ),
+    )
 
 
 class TokenizerConfig(TokenPolicy, Component):
@@ -35,8 +42,8 @@ class TokenizerConfig(TokenPolicy, Component):
 class ExistingTokenizer(TokenizerConfig):
     """A tokenizer that is loaded.
 
-    ``implementation`` is called with the section and returns the bytes of a ``tokenizer.json``
-    and a name for their origin, which error messages quote.
+    ``implementation`` is called with the section and returns the bytes of a ``tokenizer.json`` or
+    of a SentencePiece model, and a name for their origin, which error messages quote.
     """
 
 
@@ -99,8 +106,67 @@ class TrainBPE(TrainedTokenizer):
         return self
 
 
+class TrainSentencePiece(TrainedTokenizer):
+    """A SentencePiece model trained on a sample of the training split."""
+
+    implementation: ClassVar[str] = (
+        "data_pipeline.tokenizer.sentencepiece_training:train_sentencepiece"
+    )
+    kind: Literal["train_sentencepiece"]
+    vocab_size: Annotated[int, Field(ge=8, description="entries, special tokens included")] = 4096
+    sample_bytes: Positive = Field(
+        1 << 28, description="of text that the training looks at; it takes ten times the memory"
+    )
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    normalization: Literal["nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf", "identity"] = Field(
+        "nmt_nfkc",
+        description=(
+            "SentencePiece's rule; all but 'identity' also write a line end as a blank and several"
+            " blanks as one"
+        ),
+    )
+    character_coverage: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9995, description="share of the sample's characters that are pieces of their own"
+    )
+    byte_fallback: bool = Field(
+        False, description="characters without a piece become their bytes, not unk_token"
+    )
+    dummy_prefix: bool = Field(True, description="a blank is put before each text")
+    split_digits: bool = Field(False, description="every digit is a piece")
+    eod_token: str = "</s>"
+    bos_token: str = "<s>"
+    unk_token: str = "<unk>"
+    reserved_tokens: list[str] = Field(
+        [], description="special tokens that get an id, such as those of fill-in-the-middle"
+    )
+    user_defined_symbols: list[str] = Field(
+        [], description="pieces that are one token wherever a text holds them"
+    )
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The unknown piece and all special tokens, in the order of their ids, from 0."""
+        pad = [self.pad_token] if self.pad_token is not None else []
+        return [self.unk_token, self.bos_token, self.eod_token, *pad, *self.reserved_tokens]
+
+    @model_validator(mode="after")
+    def _symbols_have_room(self) -> TrainSentencePiece:
+        symbols = [*self.special_tokens, *self.user_defined_symbols]
+        if twice := [symbol for symbol in symbols if symbols.count(symbol) > 1]:
+            raise ValueError(f"'{twice[0]}' is named twice: every token has one name")
+        if "" in symbols:
+            raise ValueError("a token has an empty name: give it one, or leave it out")
+        needed = len(symbols) + 256 * self.byte_fallback
+        if self.vocab_size <= needed:
+            raise ValueError(
+                f"vocab_size must be larger than {needed}: special tokens, symbols and, for"
+                " byte_fallback, 256 bytes come first"
+            )
+        return self
+
+
 class TokenizerFile(ExistingTokenizer):
-    """An existing ``tokenizer.json``."""
+    """An existing ``tokenizer.json``, or the ``tokenizer.model`` of another data folder."""
 
     implementation: ClassVar[str] = "data_pipeline.tokenizer.configured:read_tokenizer_json"
     kind: Literal["file"]
@@ -108,7 +174,7 @@ class TokenizerFile(ExistingTokenizer):
 
 
 class SentencePieceFile(ExistingTokenizer):
-    """A SentencePiece ``.model``, converted to an equal ``tokenizer.json``."""
+    """A SentencePiece ``.model``: an equal ``tokenizer.json`` if there is one, else itself."""
 
     implementation: ClassVar[str] = "data_pipeline.tokenizer.configured:read_sentencepiece"
     kind: Literal["sentencepiece"]

@@ -7,9 +7,9 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from data_pipeline.tokenizer.reference import failure
 from data_pipeline.tokenizer.sentencepiece_model import convert_sentencepiece
 from data_pipeline.tokenizer.tiktoken_ranks import convert_ranks
-from data_pipeline.tokenizer.tokenizer import failure
 from pretrain.core.errors import ConfigError, DataError
 
 

@@ -125,11 +125,32 @@ def pattern_of(pre: pre_tokenizers.PreTokenizer | None) -> str | None:
     return None
 
 
+def is_byte_level(pre: pre_tokenizers.PreTokenizer | None) -> bool:
+    """Whether a pre-tokenizer writes each byte as one of :func:`byte_characters`."""
+    state: JsonObject = json.loads(pre.__getstate__()) if pre is not None else {}
+    return any(part.get("type") == "ByteLevel" for part in state.get("pretokenizers", [state]))
+
+
+def _cuts_digits_first(pre: pre_tokenizers.PreTokenizer | None) -> bool:
+    """Whether a pre-tokenizer is StarCoder2's: GPT-2's between single digits."""
+    state: JsonObject = json.loads(pre.__getstate__()) if pre is not None else {}
+    match state.get("pretokenizers"):
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},
+        ]:
+            return True
+    return False
+
+
 def may_be_cut(library: tokenizers.Tokenizer) -> bool:
     """Whether parts of :func:`cut_before_white_space` encode to the tokens of the whole."""
     return (
         library.normalizer is None
-        and pattern_of(library.pre_tokenizer) in _CUTTABLE
+        and (
+            pattern_of(library.pre_tokenizer) in _CUTTABLE
+            or _cuts_digits_first(library.pre_tokenizer)
+        )
         # Added tokens that are not special are still found in texts, and could reach across a cut.
         and all(token.special for token in library.get_added_tokens_decoder().values())
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
+from tokenizers import decoders
 
+from data_pipeline.tokenizer.reference import Reference, TokenizersReference
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 # Longer documents are decoded in parts, which may change their size by a few bytes at each cut.
@@ -21,9 +22,8 @@ class TextBytes:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._library = tokenizer.reference
-        decoder = json.loads(tokenizer.content).get("decoder") or {}
-        self._table = _table(tokenizer) if decoder.get("type") == "ByteLevel" else None
+        self._reference = tokenizer.reference
+        self._table = _table(tokenizer.reference)
 
     def count(self, tokens: np.ndarray, lengths: Sequence[int]) -> int:
         """Return the bytes of whole documents.
@@ -42,18 +42,24 @@ class TextBytes:
                 for first in range(0, length, DECODED_AT_ONCE)
             ]
             start += length
-        decoded = self._library.decode_batch(texts, skip_special_tokens=True)
+        decoded = self._reference.decode(texts, skip_special_tokens=True)
         return sum(len(text.encode("utf-8")) for text in decoded)
 
 
-def _table(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the bytes of each token id: int32 [vocab_size].
+def _table(reference: Reference) -> np.ndarray | None:
+    """Return the bytes of each token id, int32 [vocab_size]; None if it is not byte-level.
 
     A byte-level vocabulary spells each byte as one character.
     """
-    table = np.zeros(tokenizer.vocab_size, dtype=np.int32)
-    for token, number in tokenizer.reference.get_vocab(with_added_tokens=True).items():
+    if not (
+        isinstance(reference, TokenizersReference)
+        and isinstance(reference.library.decoder, decoders.ByteLevel)
+    ):
+        return None
+    table = np.zeros(max(reference.vocabulary.values()) + 1, dtype=np.int32)
+    for token, number in reference.vocabulary.items():
         table[number] = len(token)
-    for number, added in tokenizer.reference.get_added_tokens_decoder().items():
-        table[number] = 0 if added.special else len(added.content.encode("utf-8"))
+    for token, number in reference.added_tokens.items():
+        is_special = token in reference.special_tokens
+        table[number] = 0 if is_special else len(token.encode("utf-8"))
     return table

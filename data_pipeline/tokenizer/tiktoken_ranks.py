@@ -11,7 +11,8 @@ from tokenizers import AddedToken, decoders, models
 
 from data_pipeline.tokenizer.agreement import disagreement, excerpt, torture_texts
 from data_pipeline.tokenizer.patterns import TIKTOKEN_PATTERNS, byte_characters, pre_tokenizer
-from data_pipeline.tokenizer.tokenizer import LARGEST_ID, failure
+from data_pipeline.tokenizer.reference import failure
+from data_pipeline.tokenizer.tokenizer import LARGEST_ID
 from pretrain.core.errors import ConfigError, DataError
 
 

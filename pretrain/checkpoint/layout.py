@@ -6,7 +6,7 @@ checkpoints/
   step_300/
     recipe.yaml  ds_config.json           resolved, as this run used them
     state.json                            step, consumed tokens, fingerprints, topology: state.py
-    tokenizer.json
+    tokenizer.json                        or tokenizer.model, a SentencePiece model
     tokenizer_config.json ...             of an imported model: tokenizer_files.py
     README.md                             the model card
     weights-00000-of-00002.safetensors    fp32 weights, each element in one of the ranks' files

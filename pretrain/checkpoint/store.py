@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.tokenizer.files import same_kind_of
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.engine_state import (
     Snapshot,
@@ -281,7 +282,7 @@ class CheckpointStore:
         }
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        shutil.copyfile(self.tokenizer, folder / layout.TOKENIZER)
+        shutil.copyfile(self.tokenizer, folder / same_kind_of(self.tokenizer))
         write_side_files(self.side_files, folder)
         tensor_files = {path for path in folder.iterdir() if path.suffix == TENSORS}
         for path in sorted(set(layout.payload_files(folder)) - tensor_files):

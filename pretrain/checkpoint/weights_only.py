@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_pipeline.tokenizer.files import same_kind_of
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
@@ -67,7 +68,7 @@ def write_weights_folder(
 ) -> None:
     """Write a checkpoint of weights: all of its files, or nothing.
 
-    They are ``recipe.yaml``, ``tokenizer.json``, ``weights-*.safetensors``, ``state.json`` and
+    They are ``recipe.yaml``, the tokenizer, ``weights-*.safetensors``, ``state.json`` and
     ``manifest.json``.
 
     Args:
@@ -76,7 +77,7 @@ def write_weights_folder(
         tensors: name and tensor, as :func:`load_state_dict` returns them, in any order and of any
             floating dtype; written in fp32. They are taken one by one, so that a generator's peak
             memory is that of its largest tensor.
-        tokenizer: a ``tokenizer.json`` to copy, with the files in its folder that belong to it;
+        tokenizer: its file to copy, with the files in its folder that belong to it;
             without one the weights can only be trained on or converted.
         step: optimizer steps behind the weights.
 
@@ -112,7 +113,7 @@ def fill_weights_folder(
     if tokenizer is not None:
         if not tokenizer.is_file():
             raise CheckpointError(f"{tokenizer} is missing: give a tokenizer.json")
-        shutil.copyfile(tokenizer, folder / layout.TOKENIZER)
+        shutil.copyfile(tokenizer, folder / same_kind_of(tokenizer))
         write_side_files(read_side_files(tokenizer.parent), folder)
     sha256 = None if tokenizer is None else file_sha256(tokenizer)
     # Empty data mark weights without a run: see is_weights_alone.

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.tokenizer.files import tokenizer_file
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.checkpoint.layout import (
     CARD,
     RECIPE,
-    TOKENIZER,
     read_recipe,
     read_run_recipe,
     read_state,
@@ -102,7 +102,7 @@ def export_hf(
     """
     recipe = read_recipe(checkpoint)
     target = choose_target(recipe, target_name)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(checkpoint), recipe.data.tokenizer)
     windows_WS = parity_windows(heldout, recipe.train.sequence_length)
     weights = open_whole_weights(checkpoint, recipe.model)
     model, tensors_in = (
@@ -110,7 +110,7 @@ def export_hf(
     )
     with published_folder(output, overwrite) as folder:
         side_files = read_side_files(checkpoint)
-        tensors, size, left_out = write_hf_folder(
+        tensors, size, left_out, note = write_hf_folder(
             folder, target, model, tensors_in, tokenizer, dtype, shard_bytes, side_files
         )
         parity = None
@@ -125,7 +125,7 @@ def export_hf(
             )
             parity = compare_logits(reference, load_exported(folder), windows_WS)
             check_parity(parity)
-        step = _write_card(checkpoint, folder)
+        step = _write_card(checkpoint, folder, note)
         conversion = Conversion(
             target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out
         )
@@ -133,10 +133,13 @@ def export_hf(
     return conversion
 
 
-def _write_card(checkpoint: Path, folder: Path) -> int:
+def _write_card(checkpoint: Path, folder: Path, tokenizer_note: str | None = None) -> int:
     """Writes the model card into an export; returns the step that the weights are of."""
     state = read_state(checkpoint)
-    (folder / CARD).write_text(model_card(read_run_recipe(checkpoint), state), encoding="utf-8")
+    card = model_card(read_run_recipe(checkpoint), state)
+    if tokenizer_note is not None:
+        card += f"\n## Tokenizer\n\n{tokenizer_note[0].upper()}{tokenizer_note[1:]}.\n"
+    (folder / CARD).write_text(card, encoding="utf-8")
     return int(state["step"])
 
 
@@ -175,7 +178,8 @@ def export_safetensors(
         write_weights(folder, forms, to_theirs(links, ours, dtype), shard_bytes)
         check_same_numbers(links, ours, open_exported_weights(folder))
         (folder / RECIPE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
-        copy_file(checkpoint / TOKENIZER, folder / TOKENIZER)
+        tokenizer = tokenizer_file(checkpoint)
+        copy_file(tokenizer, folder / tokenizer.name)
         write_side_files(read_side_files(checkpoint), folder)
         size = sum(form.bytes for form in forms.values())
         conversion = Conversion(
@@ -208,8 +212,8 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
     check_universal(checkpoint)
     with published_folder(output, overwrite) as folder:
         tensors, size = write_universal(checkpoint, folder)
-        for name in (RECIPE, TOKENIZER):
-            copy_file(checkpoint / name, folder / name)
+        for path in (checkpoint / RECIPE, tokenizer_file(checkpoint)):
+            copy_file(path, folder / path.name)
         write_side_files(read_side_files(checkpoint), folder)
         conversion = Conversion(
             "universal", _write_card(checkpoint, folder), "float32", tensors, size, None

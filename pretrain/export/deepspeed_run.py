@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipeline.loading.factory import open_loader
 from data_pipeline.shards.datasets import Datasets
+from data_pipeline.tokenizer.files import same_kind_of
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.pickled import load_pickled
 from pretrain.checkpoint.random_state import derive_random_state, random_state
@@ -88,7 +89,8 @@ def import_deepspeed_run(
         }
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        shutil.copyfile(datasets.tokenizer_path, temporary / layout.TOKENIZER)
+        tokenizer = datasets.tokenizer_path
+        shutil.copyfile(tokenizer, temporary / same_kind_of(tokenizer))
         conversion = Conversion(
             "checkpoint", step, "float32", tensors, size, None, _place_of_data(recipe, main)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,13 +12,14 @@ from pretrain.checkpoint.tokenizer_files import (
     GENERATION_CONFIG,
     ID_FIELDS,
     TOKEN_IDS,
-    TOKENIZER_CONFIG,
     SideFiles,
     content_of,
     write_side_files,
 )
+from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject
 from pretrain.export.architectures.target import ExportTarget
+from pretrain.export.hf_tokenizer import write_tokenizer
 from pretrain.export.name_map import Link, Tensors, check_names, is_left_out, their_forms, to_theirs
 from pretrain.export.parity import check_same_numbers
 from pretrain.export.writer import (
@@ -31,6 +33,21 @@ from pretrain.export.writer import (
 from pretrain.model.config import ModelConfig
 
 
+class Written(NamedTuple):
+    """What a Hugging Face folder got.
+
+    Attributes:
+        tensors: how many, of ``bytes``.
+        left_out: names of tensors that only training reads.
+        tokenizer_note: where the ids of transformers differ, in a sentence; None if they do not.
+    """
+
+    tensors: int
+    bytes: int
+    left_out: tuple[str, ...]
+    tokenizer_note: str | None
+
+
 def write_hf_folder(
     folder: Path,
     target: ExportTarget,
@@ -40,7 +57,7 @@ def write_hf_folder(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
     side_files: SideFiles | None = None,
-) -> tuple[int, int, tuple[str, ...]]:
+) -> Written:
     """Writes the whole folder, reads the weights back, and compares them bit for bit.
 
     Experts have one key each, if that is how transformers itself writes them: transformers 4 and 5,
@@ -53,14 +70,15 @@ def write_hf_folder(
         side_files: files that an imported model had next to its ``tokenizer.json``, written
             unchanged.
 
-    Returns:
-        The number of tensors, their bytes, and the names of those that only training reads and that
-        are left out.
-
     Raises:
-        CheckpointError: if ``ours`` does not belong to ``model``, or a tensor does not read back as
+        CheckpointError: if the tokenizer has no end, ``ours`` does not belong to ``model``, or a tensor does not read back as
             it was written.
     """
+    if tokenizer.eod_id is None:
+        raise CheckpointError(
+            f"{tokenizer.origin} has no token that ends a document, which config.json must name:"
+            " name one with data.tokenizer.eod_token in the checkpoint's recipe.yaml"
+        )
     links = target.links(model)
     linked = {link.ours for link in links if isinstance(link, Link)}
     left_out = tuple(name for name in ours.names if is_left_out(name) and name not in linked)
@@ -74,10 +92,12 @@ def write_hf_folder(
         **target.config(model, tokenizer.eod_id),
         "dtype": dtype_name(dtype),
     }
-    _write_configs(folder, config, tokenizer, model.max_position_embeddings, side_files or {})
+    note = _write_configs(
+        folder, config, tokenizer, model.max_position_embeddings, side_files or {}
+    )
     for file in target.files:
         copy_file(Path(file), folder / Path(file).name)
-    return len(forms), sum(form.bytes for form in forms.values()), left_out
+    return Written(len(forms), sum(form.bytes for form in forms.values()), left_out, note)
 
 
 def _write_configs(
@@ -86,10 +106,12 @@ def _write_configs(
     tokenizer: Tokenizer,
     max_tokens: int,
     side_files: SideFiles,
-) -> None:
-    """Writes all files but the weights: ``config.json``, generation settings, and the tokenizer."""
+) -> str | None:
+    """Writes all files but the weights: ``config.json``, generation settings, and the tokenizer.
+
+    Returns what :func:`~pretrain.export.hf_tokenizer.write_tokenizer` does.
+    """
     eod_id = tokenizer.eod_id
-    eod_token = tokenizer.decode([tokenizer.eod_id])
     ids = content_of(side_files, TOKEN_IDS)
     if ids is not None:
         # A chat model may end a text with several tokens; our tokenizer knows a single one.
@@ -97,17 +119,8 @@ def _write_configs(
     write_json_file(folder / "config.json", config)
     generation = {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": eod_id}
     write_json_file(folder / GENERATION_CONFIG, generation if ids is None else ids)
-    (folder / "tokenizer.json").write_bytes(tokenizer.content)
-    tokens = {
-        # Without a class AutoTokenizer takes the model type's own one, with its own pre-tokenizer.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eod_token,
-        "bos_token": eod_token,
-        "model_max_length": max_tokens,
-        # Otherwise decoding removes spaces before punctuation, and does not return the text.
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json_file(folder / TOKENIZER_CONFIG, tokens)
+    note = write_tokenizer(folder, tokenizer, max_tokens)
     write_side_files(
         {name: content for name, content in side_files.items() if name != TOKEN_IDS}, folder
     )
+    return note

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.shards.datasets import data_folders
+from data_pipeline.tokenizer.files import tokenizer_file
 from pretrain.checkpoint.comparison import check_same_function
 from pretrain.checkpoint.experts import (
     cosines,
@@ -19,7 +20,7 @@ from pretrain.checkpoint.experts import (
     routed_moe,
     weight_similarity,
 )
-from pretrain.checkpoint.layout import TOKENIZER, complete_checkpoints, read_recipe, read_state
+from pretrain.checkpoint.layout import complete_checkpoints, read_recipe, read_state
 from pretrain.checkpoint.lazy_weights import StoredWeights
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.differences import differences
@@ -107,12 +108,12 @@ def _tokenizer_of(folder: Path) -> str | None:
     """The sha256 of a checkpoint's tokenizer, None if it has none.
 
     Raises:
-        CheckpointError: if its tokenizer.json is not the one that its state names.
+        CheckpointError: if its tokenizer is not the one that its state names.
     """
-    path = folder / TOKENIZER
+    path = tokenizer_file(folder)
     named = read_state(folder).get("tokenizer_sha256")
     found = file_sha256(path) if path.is_file() else None
-    # A folder of weights may have no tokenizer.json; then only the name in its state is known.
+    # A folder of weights may have no tokenizer; then only the name in its state is known.
     if named is not None and found not in (None, named):
         raise CheckpointError(
             f"{path} is another tokenizer than the one that the checkpoint was trained with"
@@ -293,7 +294,7 @@ def _publish(
             unchecked,
             recipe,
             tensors,
-            folders[-1] / TOKENIZER,
+            tokenizer_file(folders[-1]),
             max(read_state(folder)["step"] for folder in folders),
         )
         after = scoring.loss(unchecked) if scoring is not None else None

@@ -17,6 +17,7 @@ from data_pipeline.loading.batch import Batch
 from data_pipeline.loading.factory import open_loader
 from data_pipeline.loading.interface import Loader
 from data_pipeline.shards.datasets import data_folders, load_datasets
+from data_pipeline.tokenizer.files import tokenizer_file
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.optimizer_state import StoredStates
 from pretrain.checkpoint.state import CheckpointState
@@ -174,7 +175,7 @@ def check(job: Job) -> None:
     if len(set(topology.all_gather(data))) > 1:
         raise ConfigError("the ranks do not all see the run's data: pass --random-tokens")
     engine = Engine(config.recipe, config.ds_config, config.recipe.train.precision, topology)
-    tokenizer = checkpoint / layout.TOKENIZER
+    tokenizer = tokenizer_file(checkpoint)
     store = CheckpointStore(folder / "checkpoints", engine, config.ds_config, tokenizer)
     store.load(checkpoint)
     saved = store.save(state["step"], {"step": state["step"]})

@@ -173,9 +173,9 @@ def open_elsewhere(folder: Path, cases: list[str], tokenizer: Tokenizer) -> dict
     folders = {case: folder / f"case_{number}" for number, case in enumerate(cases)}
     for case, model in models.items():
         folders[case].mkdir()
-        _, _, left_out[case] = write_hf_folder(
+        left_out[case] = write_hf_folder(
             folders[case], Custom(), model.config, InMemoryTensors(weights_of(model)), tokenizer
-        )
+        ).left_out
         save_file(prompts_of(recipe_of(case)), folders[case] / "prompts.safetensors")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from data_pipeline.tokenizer.files import tokenizer_file
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from pretrain.checkpoint.layout import TOKENIZER
 from pretrain.checkpoint.tokenizer_files import end_ids, read_side_files, token_ids
 from pretrain.checkpoint.weights import load_model
 from pretrain.core.errors import ConfigError
@@ -35,15 +35,18 @@ class TextGenerator(Protocol):
     """What a command needs to write text. A new document starts with ``eod_id``.
 
     Attributes:
-        end_ids: tokens that end a text; ``eod_id`` is among them.
+        end_ids: tokens that end a text; ``eod_id`` is among them if there is one.
         call_dependence: why logits depend on what is computed together, in a sentence; None if they
             do not.
     """
 
-    eod_id: int
     end_ids: frozenset[int]
     max_positions: int
     call_dependence: str | None
+
+    @property
+    def eod_id(self) -> int:
+        """The token that ends a document; :class:`ConfigError` if the tokenizer has none."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -74,10 +77,19 @@ class NativeGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.device = device
-        self.eod_id = tokenizer.eod_id
         self.max_positions = model.config.max_position_embeddings
         self.call_dependence = call_dependence(model.config)
-        self.end_ids = ends | {self.eod_id}
+        self.end_ids = ends | ({tokenizer.eod_id} if tokenizer.eod_id is not None else set())
+
+    @property
+    def eod_id(self) -> int:
+        """See :attr:`TextGenerator.eod_id`."""
+        if self.tokenizer.eod_id is None:
+            raise ConfigError(
+                f"{self.tokenizer.origin} has no token that ends a document, with which a new text"
+                " begins: begin with a prompt, or name it with data.tokenizer.eod_token"
+            )
+        return self.tokenizer.eod_id
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
@@ -172,7 +184,7 @@ def open_generator(path: Path, device: torch.device) -> NativeGenerator | Transf
         return open_transformers(path, device)
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device=device)
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(checkpoint), recipe.data.tokenizer)
     return NativeGenerator(model, tokenizer, device, end_ids(read_side_files(checkpoint)))
 
 

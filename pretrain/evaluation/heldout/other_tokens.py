@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
 from tqdm import tqdm
 
+from data_pipeline.tokenizer.files import MODEL_NAME
 from pretrain.evaluation.generation.generators import TransformersGenerator
 from pretrain.evaluation.heldout.text import HeldoutText, TokensInMemory, document_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tokens encoded behind a window: where the text was cut, its last ones are not those of the whole
 # text.
@@ -44,6 +49,8 @@ def in_tokens_of(
 def _same_tokenizer(model: TransformersGenerator, path: Path) -> bool:
     """Whether the tokenizer makes the same tokens of every text as that of the data."""
     theirs = getattr(model.tokenizer, "backend_tokenizer", None)
+    if path.name.endswith(MODEL_NAME):
+        return theirs is None and _model_of(model.tokenizer) == path.read_bytes()
     if theirs is None:
         return False
     contents = [
@@ -55,6 +62,12 @@ def _same_tokenizer(model: TransformersGenerator, path: Path) -> bool:
         for content in contents
     )
     return first == second
+
+
+def _model_of(tokenizer: PreTrainedTokenizerBase) -> bytes | None:
+    """Return the SentencePiece model in a tokenizer of transformers; None if it has none."""
+    processor = getattr(tokenizer, "sp_model", None)
+    return None if processor is None else bytes(processor.serialized_model_proto())
 
 
 def encoded_again(text: HeldoutText, model: TransformersGenerator) -> HeldoutText:

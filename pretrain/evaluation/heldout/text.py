@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tokenizers
 from tqdm import tqdm
 
 from data_pipeline.loading.batch import NO_LOSS, Sample
@@ -15,6 +14,8 @@ from data_pipeline.loading.packing import PADDING_WINDOW, Windows
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.split import SplitName
 from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.tokenizer.config import TokenPolicy
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.core.errors import ConfigError
 
 # Lengths in tokens at which a group of documents ends and the next one begins.
@@ -173,15 +174,15 @@ def _decoded(stream: TokenStream, starts_D: np.ndarray, datasets: Datasets) -> I
 
 def document_decoder(datasets: Datasets) -> Callable[[np.ndarray], str]:
     """Decodes a document's tokens, or a part of them, without the tokens around a document."""
-    library = tokenizers.Tokenizer.from_file(str(datasets.tokenizer_path))
     policy = datasets.tokenizer
+    tokenizer = load_tokenizer(datasets.tokenizer_path, TokenPolicy(append_eod=False))
 
     def decode(ids: np.ndarray) -> str:
         if policy.prepend_bos and len(ids) and ids[0] == policy.bos_id:
             ids = ids[1:]
         if policy.append_eod and len(ids) and ids[-1] == policy.eod_id:
             ids = ids[:-1]
-        return library.decode(ids.tolist(), skip_special_tokens=False)
+        return tokenizer.decode(ids.tolist())
 
     return decode
 

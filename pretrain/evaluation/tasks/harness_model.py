@@ -48,7 +48,7 @@ class NativeHarnessModel(TemplateLM):
     def prefix_token_id(self) -> int:
         """What a text without context begins with: what stood before documents in training."""
         tokenizer = self.opened.tokenizer
-        return cast(int, tokenizer.bos_id) if tokenizer.prepend_bos else tokenizer.eod_id
+        return cast(int, tokenizer.bos_id) if tokenizer.prepend_bos else self.opened.eod_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

@@ -197,7 +197,7 @@ def test_sampling_stops_before_a_tokenizer_is_trained(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines(50, 50))
     with pytest.raises(DataError, match="50 of 100 records"):
         build_of(tmp_path, {"kind": "train_bpe", "vocab_size": 300}, {"all": path})
-    assert not list(tmp_path.glob("data/.building/trained.json"))
+    assert not list(tmp_path.glob("data/.building/trained"))
 
 
 def test_what_is_held_out_of_a_stream_is_judged_too(

@@ -1,5 +1,5 @@
-"""SentencePiece, tiktoken and Mistral tokenizers as tokenizer.json files: ids are those of their
-own libraries, or they are refused.
+"""SentencePiece, tiktoken and Mistral tokenizers: ids are those of their own libraries, whether
+they become tokenizer.json files or stay models, or they are refused.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data_pipeline.tokenizer import sentencepiece_model, tiktoken_ranks
 from data_pipeline.tokenizer.agreement import disagreement, torture_texts
-from data_pipeline.tokenizer.config import MistralFile, SentencePieceFile, TiktokenFile, TrainBPE
+from data_pipeline.tokenizer.config import (
+    MistralFile,
+    SentencePieceFile,
+    TiktokenFile,
+    TrainBPE,
+    TrainSentencePiece,
+)
 from data_pipeline.tokenizer.configured import load_configured
 from data_pipeline.tokenizer.patterns import TEKKEN_PATTERN, TIKTOKEN_PATTERNS, byte_characters
+from data_pipeline.tokenizer.sentencepiece_training import train_sentencepiece
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.core.errors import ConfigError, DataError
@@ -96,8 +103,7 @@ def test_a_sentencepiece_model_gives_its_own_ids(tmp_path: Path, options: dict[s
     )
     texts = fuzz_texts()
     ids = [row.tolist() for row in tokenizer.encode(texts)]
-    if options["model_type"] == "bpe":
-        assert ids == original.encode(texts)
+    assert ids == original.encode(texts)
     assert original.decode(ids) == [tokenizer.decode(row) for row in ids] or not options.get(
         "byte_fallback"
     )
@@ -109,24 +115,61 @@ def test_a_sentencepiece_model_gives_its_own_ids(tmp_path: Path, options: dict[s
     ("options", "reason"),
     [
         ({"model_type": "bpe"}, "normalises Unicode by the rule 'nmt_nfkc'"),
-        (EXACT | {"model_type": "char"}, "only models of type BPE and unigram"),
+        ({"model_type": "unigram", "byte_fallback": True}, "only of a BPE model"),
+        ({"model_type": "bpe", "normalization_rule_name": "nfkc"}, "by the rule 'nfkc'"),
+        (EXACT | {"model_type": "char"}, "only of a BPE model"),
+        (EXACT | {"model_type": "bpe", "treat_whitespace_as_suffix": True}, "beginning of words"),
         (
-            EXACT | {"model_type": "bpe", "treat_whitespace_as_suffix": True},
-            "only models of type BPE and unigram",
+            EXACT | {"model_type": "bpe", "user_defined_symbols": ["<user>", "\n"]},
+            "user-defined symbols",
         ),
     ],
 )
-def test_a_sentencepiece_model_without_an_equal_file_is_refused(
-    tmp_path: Path, options: dict[str, Any], reason: str
+def test_a_sentencepiece_model_without_an_equal_file_stays_itself(
+    tmp_path: Path, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(DataError, match=reason):
-        load_configured(sentencepiece_file(tmp_path / "m.model", **options))
+    config = sentencepiece_file(tmp_path / "m.model", **options)
+    caplog.set_level("INFO")
+    tokenizer = load_configured(config)
+    assert reason in caplog.text
+    assert tokenizer.content == Path(config.path).read_bytes()
+    check_equal(tokenizer, Path(config.path))
+
+
+def check_equal(tokenizer: Tokenizer, model: Path) -> None:
+    """Ids, ends and texts are those of the sentencepiece library."""
+    original = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id) == (
+        original.vocab_size(),
+        original.eos_id(),
+        original.bos_id(),
+        None,
+    )
+    assert not tokenizer.reference.special_tokens.keys() - {"<s>", "</s>", "<turn>"}
+    texts = [*fuzz_texts(), *torture_texts(["<s>", "</s>", "<unk>", "<user>", "<0x41>"])]
+    ids = [row.tolist() for row in tokenizer.encode(texts)]
+    assert ids == original.encode(texts)
+    assert [tokenizer.decode(row) for row in ids] == original.decode(ids)
+    assert tokenizer.decode([*ids[0], 2, 10**6]) == original.decode(ids[0]) + "</s>"
+
+
+def test_pieces_that_are_switched_off_stay_unused(tmp_path: Path) -> None:
+    config = sentencepiece_file(tmp_path / "m.model", **EXACT, model_type="bpe", byte_fallback=True)
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(Path(config.path).read_bytes())
+    unused = next(piece for piece in proto.pieces if piece.piece == "\u2581the")
+    unused.type = 5
+    Path(config.path).write_bytes(proto.SerializeToString())
+    tokenizer = load_configured(config)
+    assert tokenizer.token_id("\u2581the") not in tokenizer.encode(["the the"])[0]
+    check_equal(tokenizer, Path(config.path))
 
 
 def test_a_sentencepiece_model_that_came_out_otherwise_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = sentencepiece_file(tmp_path / "m.model", **EXACT, model_type="bpe", byte_fallback=True)
+    assert load_configured(config).content.startswith(b"{")
     convert = sentencepiece_model._convert
 
     def without_prefix(proto: Any) -> Any:
@@ -135,31 +178,68 @@ def test_a_sentencepiece_model_that_came_out_otherwise_is_noticed(
 
     monkeypatch.setattr(sentencepiece_model, "_convert", without_prefix)
     monkeypatch.setattr(sentencepiece_model, "torture_texts", short_torture)
-    with pytest.raises(DataError, match=r"has no equal tokenizer.json, as token"):
-        load_configured(config)
+    caplog.set_level("INFO")
+    assert load_configured(config).content == Path(config.path).read_bytes()
+    assert "no tokenizer.json equals it, as token 0 of" in caplog.text
 
 
-def test_unigram_segmentations_of_another_score_are_not_taken_for_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = sentencepiece_file(
-        tmp_path / "m.model", **EXACT, model_type="unigram", byte_fallback=True
+def test_control_symbols_are_parsed_on_request(tmp_path: Path) -> None:
+    options = {"model_type": "unigram", "control_symbols": ["<turn>", "<turn>x"]}
+    config = sentencepiece_file(tmp_path / "m.model", **options)
+    original = sentencepiece.SentencePieceProcessor(model_file=config.path)
+    text = "<s>the fox<turn>xyz <turn>jumps</s></s>"
+    plain = load_configured(config)
+    assert plain.encode([text])[0].tolist() == original.encode(text)
+    parsing = load_configured(config.model_copy(update={"parse_special_tokens": True}))
+    assert parsing.encode([text, "a", ""])[0].tolist() == [
+        1,
+        *original.encode("the fox"),
+        original.piece_to_id("<turn>x"),
+        *original.encode("yz "),
+        original.piece_to_id("<turn>"),
+        *original.encode("jumps"),
+        2,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_a_trained_sentencepiece_model_is_the_same_each_time(model_type: Any) -> None:
+    config = TrainSentencePiece(
+        kind="train_sentencepiece",
+        model_type=model_type,
+        vocab_size=500,
+        byte_fallback=True,
+        eod_token="<|end|>",
+        pad_token="<pad>",
+        reserved_tokens=["<|fim|>"],
+        user_defined_symbols=["<user>", ","],
     )
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(Path(config.path).read_bytes())
-    longest = max(
-        (piece for piece in proto.pieces if piece.piece.isalpha()),
-        key=lambda piece: len(piece.piece),
-    )
-    longest.score -= 50
-    monkeypatch.setattr(
-        sentencepiece_model,
-        "_convert",
-        lambda _, convert=sentencepiece_model._convert: convert(proto),
-    )
-    monkeypatch.setattr(sentencepiece_model, "torture_texts", lambda _: [longest.piece])
-    with pytest.raises(DataError, match="has no equal"):
-        load_configured(config)
+    texts = [*LINES, "x" * 9999 + "\0\n\n"]
+    tokenizer = train_sentencepiece(iter(texts), config)
+    assert train_sentencepiece(iter(texts), config).content == tokenizer.content
+    names = ["<unk>", "<s>", "<|end|>", "<pad>", "<|fim|>", "<user>", ",", "<0x00>"]
+    assert [tokenizer.token_id(name) for name in names] == list(range(8))
+    assert (tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id) == (2, 1, 3)
+    assert 300 < tokenizer.vocab_size <= 500
+    ids = tokenizer.encode(["größer, <user>中文<|fim|>\u00bd"])[0].tolist()
+    assert {5, 6} < set(ids) and not {0, 4} & set(ids)
+    assert tokenizer.decode(ids) == "größer, <user>中文<|fim|>1⁄2"
+
+
+def test_a_sentencepiece_model_that_cannot_be_trained_is_one_sentence() -> None:
+    config = TrainSentencePiece(kind="train_sentencepiece", vocab_size=10)
+    with pytest.raises(ConfigError, match=r"smaller than required_chars.*change its vocab_size"):
+        train_sentencepiece(iter(LINES), config)
+    with pytest.raises(DataError, match="holds no text"):
+        train_sentencepiece(iter(["", "\n"]), config)
+    for wrong, reason in (
+        ({"reserved_tokens": ["<s>"]}, "'<s>' is named twice"),
+        ({"vocab_size": 259, "byte_fallback": True}, "larger than 259"),
+        ({"user_defined_symbols": [""]}, "empty name"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            TrainSentencePiece(kind="train_sentencepiece", **wrong)
 
 
 def trained_ranks(**options: Any) -> tuple[Tokenizer, dict[bytes, int]]:
