@@ -273,3 +273,13 @@ class DataConfig(Section):
             for name, source in self.named_sources.items()
             if source.split != "validation"
         }
+
+    @property
+    def held_out_sources(self) -> list[str]:
+        """The sources that a stream's validation split is from.
+
+        Those that are held out as a whole, if there are any.
+        """
+        sources = self.named_sources
+        whole = [name for name, source in sources.items() if source.split == "validation"]
+        return whole or [name for name, source in sources.items() if source.split == "hash"]
