@@ -95,8 +95,7 @@ class SourceStream:
         self.length = sequence_length
         self.document_mask = document_mask
         self._pool = pool
-        self._ahead: GroupsAhead | None = None
-        self.go_to(Place())
+        self._set(Place())
 
     def go_to(self, place: Place) -> None:
         """Continue from ``place``: its group is read again, when the next window is asked for.
@@ -104,10 +103,12 @@ class SourceStream:
         Raises:
             CheckpointError: if the lane has no such unit.
         """
-        if self._ahead is not None:
-            self._ahead.close()
+        self.close()
         if place.unit and place.unit >= len(self.lane.units(place.epoch)):
             raise self._no_such_place(place)
+        self._set(place)
+
+    def _set(self, place: Place) -> None:
         self.place = place
         self._ahead = GroupsAhead(self.lane.groups(place.start), self._pool)
         self._documents = self._encoded(self._ahead, place)
@@ -115,8 +116,11 @@ class SourceStream:
 
     def begin(self) -> None:
         """Begin to read in the background."""
-        assert self._ahead is not None
         self._ahead.begin()
+
+    def close(self) -> None:
+        """Stop reading in the background."""
+        self._ahead.close()
 
     def next_window(self) -> Window:
         """The next S inputs with one target each."""

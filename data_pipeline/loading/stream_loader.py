@@ -111,6 +111,7 @@ class StreamLoader:
         heaviest = max(names, key=lambda name: self.weights[name])
         chosen = choose_lanes(len(self.sources[heaviest].units), phase.global_batch_size)
         self.lanes = 0
+        self._streams: dict[str, dict[int, SourceStream]] = {}
         self._lay_out(data.streaming_lanes or chosen)
         self._begin(0)
 
@@ -204,7 +205,6 @@ class StreamLoader:
             DataError: if the files of a source are not what they were.
         """
         saved = read_state(state, self.global_batch_size)
-        self._drop_read_ahead()
         self.samples_passed_over = saved.samples_passed_over
         for name, source in self.sources.items():
             before = saved.sources.get(name)
@@ -229,12 +229,19 @@ class StreamLoader:
         self._start_sample = saved.start_sample if has_same_mixture else self.position(step)
         self._begin(step)
 
+    def close(self) -> None:
+        """Stop reading in the background."""
+        self._drop_read_ahead()
+        for lanes in self._streams.values():
+            for stream in lanes.values():
+                stream.close()
+
     def _lay_out(self, lanes: int) -> None:
         """Open this rank's lanes of all sources, at their beginning."""
+        self.close()
         is_new = lanes != self.lanes
         self.lanes = lanes
         own = lanes_of_rank(lanes, self.dp_rank, self.dp_size)
-        self._streams: dict[str, dict[int, SourceStream]] = {}
         for name, source in self.sources.items():
             parts = choose_parts(len(source.units), lanes)
             if parts > 1 and is_new and self.weights[name]:

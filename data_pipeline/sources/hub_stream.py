@@ -8,12 +8,15 @@ or text file the bytes before it are read and passed over.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.interface import Patience
@@ -38,6 +41,9 @@ NETWORK_ERRORS = {
     "RequestException",
     "IncompleteRead",
 }
+OFFLINE = "OfflineModeIsEnabled"
+# The package raises it for a file that it could not look at, by an address without its scheme.
+MANGLED_ADDRESS = "NonHttpUrlClientError"
 # A server that has too much to do, or is being restarted; others mean that asking again is no use.
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
@@ -143,21 +149,20 @@ class HubStream:
 
     def _wait_after(self, error: Exception, waits: Iterator[float]) -> None:
         """Wait before the next attempt; raise ``error`` if it is none of the network."""
-        if not is_network_failure(error):
+        reason = network_failure(error, self.patience.timeout_seconds)
+        if reason is None:
             raise error
-        cause = error.__cause__ or error
-        text = f"{type(cause).__name__} {one_line(str(cause))}".rstrip()
         wait = next(waits, None)
         if wait is None:
             raise StorageError(
-                f"the data set '{self.name}' is not delivered ({text}), after"
+                f"the data set '{self.name}' is not delivered ({reason}), after"
                 f" {self.patience.retries} retries with growing waits: check the network and the"
                 " hub's status and run the same command again, or raise data.streaming_retries"
             ) from None
         logger.warning(
             "the data set '%s' is not delivered (%s); the next attempt is in %g s",
             self.name,
-            text,
+            reason,
             wait,
         )
         time.sleep(wait)
@@ -175,28 +180,55 @@ def quick_retries() -> None:
     datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
 
 
-def is_network_failure(error: BaseException) -> bool:
-    """Whether asking again may help: a timeout, a lost connection, or a server that is busy."""
-    seen: BaseException | None = error
-    while seen is not None:
-        kinds = {kind.__name__ for kind in type(seen).__mro__}
-        # What HF_HUB_OFFLINE forbids stays forbidden, and the package calls it a ConnectionError.
-        if "OfflineModeIsEnabled" in kinds or "OfflineModeIsEnabled" in str(seen):
-            return False
-        status = getattr(seen, "status", None) or getattr(
-            getattr(seen, "response", None), "status_code", None
-        )
-        if isinstance(status, int):
-            return status in PASSING_STATUS
-        seen = seen.__cause__
-    seen = error
-    while seen is not None:
-        if isinstance(seen, (TimeoutError, ConnectionError)):
-            return True
-        if NETWORK_ERRORS & {kind.__name__ for kind in type(seen).__mro__}:
-            return True
-        seen = seen.__cause__
-    return False
+def network_failure(error: BaseException, timeout_seconds: float) -> str | None:
+    """What went wrong if asking again may help: a timeout, a lost connection, a busy server.
+
+    None for any other error.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    names = [{kind.__name__ for kind in type(link).__mro__} for link in chain]
+    # What HF_HUB_OFFLINE forbids stays forbidden, and the package calls it a ConnectionError.
+    if any(
+        OFFLINE in kinds or OFFLINE in str(link) for kinds, link in zip(names, chain, strict=True)
+    ):
+        return None
+    for link in chain:
+        status = _status(link)
+        if status is not None:
+            return f"status {status}" if status in PASSING_STATUS else None
+    if any(MANGLED_ADDRESS in kinds for kinds in names):
+        return "a file cannot be opened"
+    for link, kinds in zip(reversed(chain), reversed(names), strict=True):
+        is_network = isinstance(link, (TimeoutError, ConnectionError)) or NETWORK_ERRORS & kinds
+        if is_network:
+            return f"{type(link).__name__} {one_line(str(link))}".rstrip()
+    address = re.search(r"https?://[^\s'\"]+", str(error))
+    if isinstance(error, FileNotFoundError) and address:
+        return _failure_at(address[0], timeout_seconds)
+    return None
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of an HTTP response that an error is about."""
+    response = getattr(error, "response", None)
+    status = getattr(error, "status", None) or getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _failure_at(address: str, timeout_seconds: float) -> str | None:
+    """Why a file cannot be read now; None if it is not there.
+
+    The package says of a server that is away that the file does not exist.
+    """
+    try:
+        with urlopen(Request(address, method="HEAD"), timeout=timeout_seconds):
+            return "a file could not be opened"
+    except HTTPError as error:
+        return f"status {error.code}" if error.code in PASSING_STATUS else None
+    except OSError as error:
+        return f"{type(error).__name__} {one_line(str(error))}".rstrip()
 
 
 def timeouts(patience: Patience) -> dict[str, dict[str, object]]:
