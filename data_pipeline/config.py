@@ -227,6 +227,31 @@ class DataConfig(Section):
     streaming_validation_documents: Positive = Field(
         256, description="with streaming: documents held out for validation"
     )
+    streaming_lanes: Positive | None = Field(
+        None,
+        description=(
+            "with streaming: parts of the data that are read side by side, each on one rank if the"
+            " ranks divide them; a divisor of train.global_batch_size, chosen by the number of"
+            " files when left out"
+        ),
+    )
+    shuffle_buffer_documents: NonNegative = Field(
+        1024,
+        description=(
+            "with streaming: documents of a source, over all lanes, that are shuffled together;"
+            " 0 keeps the source's order"
+        ),
+    )
+    streaming_retries: NonNegative = Field(
+        6,
+        description=(
+            "attempts after a hub has failed, one after the other, with waits of 1, 2, 4, ... up to"
+            " 60 seconds"
+        ),
+    )
+    streaming_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="without a byte from a hub, after which an attempt has failed"
+    )
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> DataConfig:
@@ -293,9 +318,39 @@ class DataConfig(Section):
 
     @property
     def named_sources(self) -> dict[str, SourceConfig]:
-        """The sources by name; a single one is called 'all'."""
-        return (
+        """The sources by name; a single one is called 'all'.
+
+        With ``streaming`` those that can be are read where they are.
+        """
+        named = (
             self.sources
             if self.sources is not None
             else {"all": self.source or PythonStdlibSource(kind="python_stdlib")}
         )
+        if not self.streaming:
+            return named
+        return {
+            name: source.model_copy(update={"streaming": True})
+            if isinstance(source, DatasetsSource)
+            else source
+            for name, source in named.items()
+        }
+
+    @property
+    def training_sources(self) -> dict[str, SourceConfig]:
+        """The sources by name without those that are held out as a whole."""
+        return {
+            name: source
+            for name, source in self.named_sources.items()
+            if source.split != "validation"
+        }
+
+    @property
+    def held_out_sources(self) -> list[str]:
+        """The sources that a stream's validation split is from.
+
+        Those that are held out as a whole, if there are any.
+        """
+        sources = self.named_sources
+        whole = [name for name, source in sources.items() if source.split == "validation"]
+        return whole or [name for name, source in sources.items() if source.split == "hash"]

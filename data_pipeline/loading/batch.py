@@ -77,8 +77,8 @@ class Documents(NamedTuple):
     Attributes:
         place: a shard's prefix; of a stream, a file.
         first, last: their numbers in the data's split, as ``tools/inspect_data.py --document``
-            takes them. In a streamed file they count from the start of the part that is read in
-            one go, and -1 is the last one of the part.
+            takes them. In a streamed file they are numbers of records, from the start of the part
+            that is read in one go.
     """
 
     place: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +52,16 @@ class Loader(Protocol):
         It is 1.0 once as many samples as the split has were taken from it.
         """
 
-    def state(self, step: int) -> JsonObject:
-        """Return what a checkpoint after ``step`` steps must store, as JSON."""
+    def state(
+        self,
+        step: int,
+        gather: Callable[[JsonObject], list[JsonObject]] = lambda mine: [mine],
+    ) -> JsonObject:
+        """Return what a checkpoint after ``step`` steps must store, as JSON.
+
+        Args:
+            gather: returns every rank's part; by default this rank is the only one.
+        """
 
     def resume(self, state: JsonObject, step: int) -> None:
         """Continue after ``step`` steps from a checkpoint's state."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -176,8 +176,13 @@ class ShardLoader:
         passes, since = self._passes
         return passes + (self._blocks(step) - since) / self._num_samples()
 
-    def state(self, step: int) -> JsonObject:
-        """The mixtures of the run so far, from which the consumed samples follow."""
+    def state(
+        self, step: int, gather: Callable[[JsonObject], list[JsonObject]] | None = None
+    ) -> JsonObject:
+        """The mixtures of the run so far, from which the consumed samples follow.
+
+        It is the same on all ranks, so nothing is gathered.
+        """
         samples = self.position(step)
         plans = [
             entry.to_dict()

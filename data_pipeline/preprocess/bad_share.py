@@ -34,7 +34,8 @@ class BadShares:
 
     Args:
         allowed: share of a source, from 0 to 1, of its records and of its bytes.
-        sizes: bytes of each source that are read in all.
+        sizes: bytes of each source that are read in all; 0 if they are not known, as those of a
+            stream, of which only records are counted.
     """
 
     def __init__(self, allowed: float, sizes: dict[str, int]) -> None:
@@ -59,7 +60,7 @@ class BadShares:
         )
         for reason, example in record.bad_examples.items():
             self.examples.setdefault((name, reason), example)
-        self._check(name, self.bytes[name] > self.allowed * self.sizes[name])
+        self._check(name, self._share(name) > self.allowed)
 
     def check(self) -> None:
         """Check all sources once everything is read.
@@ -70,16 +71,17 @@ class BadShares:
         for name, reasons in self.reasons.items():
             self._check(
                 name,
-                max(
-                    reasons.total() / max(self.records[name], 1),
-                    self.bytes[name] / max(self.sizes[name], 1),
-                )
-                > self.allowed,
+                max(reasons.total() / max(self.records[name], 1), self._share(name)) > self.allowed,
             )
+
+    def _share(self, name: str) -> float:
+        """Bytes that were lost, of all of the source."""
+        size = self.sizes[name]
+        return self.bytes[name] / size if size else 0.0
 
     def _check(self, name: str, is_more: bool) -> None:
         reasons = self.reasons[name]
-        share = min(self.bytes[name] / max(self.sizes[name], 1), 1.0)
+        share = min(self._share(name), 1.0)
         is_small = self.bytes[name] < ONE_RECORD_BYTES and (
             share <= self.allowed or not reasons.keys() & REST_IS_LOST
         )

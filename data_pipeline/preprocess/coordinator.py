@@ -36,7 +36,7 @@ from data_pipeline.preprocess.plan import (
 from data_pipeline.preprocess.pool import Pool, default_workers, local_pool
 from data_pipeline.preprocess.reader import Task
 from data_pipeline.preprocess.reuse import matching_manifest
-from data_pipeline.preprocess.tokenizer_sample import sample_shares, train_tokenizer
+from data_pipeline.preprocess.tokenizer_sample import sample_shares, stream_sample, train_tokenizer
 from data_pipeline.preprocess.unit_record import UnitRecord
 from data_pipeline.preprocess.units import collect, followed, is_usable, judged
 from data_pipeline.preprocess.worker import (
@@ -207,14 +207,13 @@ class Build:
         config = self.config.tokenizer
         assert isinstance(config, TrainedTokenizer)
         if self.config.streaming:
-            raise ConfigError(
-                "data.streaming reads the source only once: train the tokenizer before, and name it"
-                " with data.tokenizer.kind=file"
-            )
-        shares, numbers = sample_shares(self.plan, config)
-        task = replace(self.task, sample_shares=shares)
+            shares, limits, numbers = stream_sample(self.plan, config)
+            task = replace(self.task, sample_shares=shares, sample_limits=limits)
+        else:
+            shares, numbers = sample_shares(self.plan, config)
+            task = replace(self.task, sample_shares=shares)
         records = self._run(sample_unit, "samples", task, numbers, "sampling")
-        if len(numbers) == len(self.plan.units):
+        if len(numbers) == len(self.plan.units) and not self.config.streaming:
             self.task = replace(self.task, split=self._split_plan(records))
         trained = self.workspace / "trained"
         if not trained.exists():
@@ -261,19 +260,21 @@ class Build:
         return records
 
     def _encode_held_out(self, numbers: list[int]) -> list[UnitRecord]:
-        """Encode the stream unit by unit until enough documents are held out."""
+        """Encode units of each source until enough of its documents are held out."""
         records = []
-        wanted = self.config.streaming_validation_documents
         shares = BadShares(self.config.max_bad_share, self.plan.bytes_of_sources(numbers))
-        for number in numbers:
-            task = replace(self.task, held_out_only=wanted)
-            [record] = self._run(
-                encode_unit, "units", task, [number], "reading the stream", shares=shares
-            )
-            records.append(record)
-            wanted -= record.splits["validation"].documents
-            if wanted <= 0:
-                break
+        chosen = self.config.held_out_sources
+        for name in chosen:
+            wanted = -(-self.config.streaming_validation_documents // len(chosen))
+            for number in (it for it in numbers if self.plan.units[it].source == name):
+                task = replace(self.task, held_out_only=wanted)
+                [record] = self._run(
+                    encode_unit, "units", task, [number], "reading the stream", shares=shares
+                )
+                records.append(record)
+                wanted -= record.splits["validation"].documents
+                if wanted <= 0:
+                    break
         shares.check()
         if not sum(record.splits["validation"].documents for record in records):
             raise DataError(

@@ -38,6 +38,10 @@ NOT_IN_SHARDS = {
     "tokenizer",
     "max_bad_share",
     "on_bad",
+    "streaming_lanes",
+    "streaming_retries",
+    "streaming_timeout_seconds",
+    "shuffle_buffer_documents",
 }
 
 

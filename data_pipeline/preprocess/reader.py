@@ -45,6 +45,7 @@ class Task:
         tokenizer_sha256: of the tokenizer in the workspace.
         engine: that encodes.
         sample_shares: of each source's text that the training of a tokenizer looks at.
+        sample_limits: bytes of each source's units after which the sampling of a unit ends.
         held_out_only: write this many documents of the validation split and nothing else.
     """
 
@@ -54,6 +55,7 @@ class Task:
     tokenizer_sha256: str = ""
     engine: str = "tokenizers"
     sample_shares: dict[str, float] = field(default_factory=dict)
+    sample_limits: dict[str, int] = field(default_factory=dict)
     held_out_only: int | None = None
 
 
@@ -75,18 +77,38 @@ class Reader:
         checksum: over every document that was read, its text's digest and the name that decides its
             side if its text does not, in order.
         lowest, highest: places of the documents whose side a hash decides.
+        record_number: of the record that was read last, from 0 in the unit.
+
+    Args:
+        first: record to begin with; what is before it is not cleaned.
+        part: of how many equal parts of the unit: this reader sees every record whose number has
+            this remainder.
+        source: to read with, where several readers are open at the same time.
     """
 
-    def __init__(self, task: Task, number: int, unit: Unit, report: TextIO | None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        number: int,
+        unit: Unit,
+        report: TextIO | None,
+        *,
+        first: int = 0,
+        part: tuple[int, int] = (0, 1),
+        source: Source | None = None,
+    ) -> None:
         config = task.config
         self.task = task
         self.number = number
         self.unit = unit
         self.report = report
         self.section = config.named_sources[unit.source]
-        self.source = _source(
+        self.source = source or _source(
             self.section.model_dump_json(), ReadContext.of(config, unit.source, task.workspace)
         )
+        self.first = first
+        self.part = part
+        self.record_number = first
         self.cleaner = _cleaner(config.cleaning)
         self.fixed_place = {"train": 1.0, "validation": -1.0}.get(self.section.split)
         self.counters = Counters()
@@ -153,8 +175,17 @@ class Reader:
 
     def _results(self) -> Iterator[Document | LeftOut]:
         """Yield what the source reads, which may be a plugin's."""
+        remainder, parts = self.part
         try:
-            for result in self.source.read(self.unit):
+            results = (
+                self.source.read_from(self.unit, self.first)
+                if self.first
+                else self.source.read(self.unit)
+            )
+            for number, result in enumerate(results, self.first):
+                if parts > 1 and number % parts != remainder:
+                    continue
+                self.record_number = number
                 if not isinstance(result, (Document, LeftOut)):
                     raise TypeError(
                         f"the source kind '{kind_name(type(self.section))}' yields {result!r:.200}:"

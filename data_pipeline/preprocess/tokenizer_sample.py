@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
 
+from data_pipeline.config import Weights
 from data_pipeline.preprocess.plan import BuildPlan
 from data_pipeline.preprocess.worker import SAMPLE, unit_folder
 from data_pipeline.shards.split import SplitPlan
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 # A small source is read in full for its sample; of a large one, units that hold this many times
 # the sample suffice.
 SAMPLE_MARGIN = 4
+# Units of a stream that a sample is taken from, if they are not small.
+STREAM_UNITS = 16
 
 
 def sample_shares(plan: BuildPlan, config: TrainedTokenizer) -> tuple[dict[str, float], list[int]]:
@@ -49,6 +53,40 @@ def sample_shares(plan: BuildPlan, config: TrainedTokenizer) -> tuple[dict[str, 
         shares[name] = min(1.0, wanted / read) if read else 0.0
         numbers += chosen
     return shares, numbers
+
+
+def stream_sample(
+    plan: BuildPlan, config: TrainedTokenizer
+) -> tuple[dict[str, float], dict[str, int], list[int]]:
+    """Return shares, bytes a unit and units to sample of streams, whose sizes may be unknown.
+
+    Every document of the beginning of a unit is taken, from units that are spread over the source.
+    """
+    sources = plan.config.training_sources
+    weights = dict(config.sample_weights or {})
+    if not weights:
+        mixture = plan.config.mixture
+        weights = dict(mixture.weights) if isinstance(mixture, Weights) else {}
+        weights = weights or dict.fromkeys(sources, 1.0)
+    if unknown := set(weights) - set(plan.config.named_sources):
+        raise ConfigError(
+            f"data.tokenizer.sample_weights names the source '{min(unknown)}', but the sources"
+            f" are {', '.join(plan.config.named_sources)}"
+        )
+    total = sum(weights.get(name, 0.0) for name in sources) or 1.0
+    limits: dict[str, int] = {}
+    numbers: list[int] = []
+    for name in sources:
+        mine = [number for number, unit in enumerate(plan.units) if unit.source == name]
+        wanted = math.ceil(config.sample_bytes * weights.get(name, 0.0) / total)
+        if not wanted:
+            continue
+        known = sum(plan.units[number].size for number in mine)
+        enough = -(-wanted * len(mine) // known) if known else 0
+        count = min(len(mine), max(STREAM_UNITS, enough))
+        numbers += [mine[place * len(mine) // count] for place in range(count)]
+        limits[name] = -(-wanted // count)
+    return dict.fromkeys(limits, 1.0), limits, numbers
 
 
 def training_texts(

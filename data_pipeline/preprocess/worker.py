@@ -67,10 +67,14 @@ def sample_unit(job: Job) -> UnitRecord:
     share = task.sample_shares[unit.source]
     with no_space_is_told(place), attempt(Path(task.workspace), place) as folder:
         reader = Reader(task, number, unit, None)
+        limit = task.sample_limits.get(unit.source)
         with (folder / SAMPLE).open("wb") as stream:
             for document, digest, where in reader.documents_with_split():
                 if (digest & 0xFFFFFFFF) / 2**32 < share:
                     stream.write(orjson.dumps([where, document.text]) + b"\n")
+                # A stream is not read to its end for a sample.
+                if limit is not None and stream.tell() >= limit:
+                    break
         return finish_unit(folder, job, reader.record())
 
 

@@ -21,10 +21,12 @@ from data_pipeline.sources.arrow_rows import (
     top_columns,
 )
 from data_pipeline.sources.config import DatasetsSource, RecordsBase
+from data_pipeline.sources.datasets_errors import CHOOSE_SPLIT, library_error
 from data_pipeline.sources.file_kinds import DATA, class_of
 from data_pipeline.sources.files import one_line
 from data_pipeline.sources.folder_walk import is_saved, refuse_pointers, say, snapshot_of, walk
 from data_pipeline.sources.hub_layout import ALL
+from data_pipeline.sources.hub_stream import HubStream, timeouts
 from data_pipeline.sources.interface import Document, LeftOut, ReadContext, Source, Unit
 from data_pipeline.sources.presets import fill_in
 from data_pipeline.sources.records import RecordReader, listed, text_fault
@@ -34,7 +36,7 @@ from pretrain.core.files import JsonObject
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow
-    from datasets import Dataset, DatasetBuilder, DatasetDict, IterableDataset
+    from datasets import Dataset, DatasetBuilder, DatasetDict
 
 # WikiText's article heading is a line with one '=' on either side; a section's has two or more,
 # each with a space between.
@@ -50,9 +52,10 @@ class HubDatasets(Source[DatasetsSource]):
     (``HF_HOME``).
 
     ``dataset`` names a data set of the hub, a copy of it, any folder with files of one format, or
-    what ``save_to_disk`` wrote. With ``streaming`` nothing is kept, and the whole stream is one
-    unit: the position of a row is known only by reading what comes before. ``max_documents``
-    counts rows, or articles with ``group``, from the start.
+    what ``save_to_disk`` wrote. With ``streaming`` nothing is kept, and each shard is a unit.
+    ``max_documents`` counts rows, or articles with ``group``, from the start; with either of them
+    the whole stream is one unit, because what begins where is known only by reading. What
+    ``save_to_disk`` wrote is a table on this disk, which is never streamed.
     """
 
     has_files = False
@@ -84,8 +87,8 @@ class HubDatasets(Source[DatasetsSource]):
     def units(self, unit_bytes: int) -> list[Unit]:
         if os.path.isdir(self._path):
             refuse_pointers(os.path.join(self._path, file) for file in walk(self._path))
-        if self.config.streaming:
-            units = [Unit(self.context.name, (self.name,), stamp=self._stamp)]
+        if self._is_streamed:
+            units = self._shards()
             self._say_unread()
             return units
         table = self._table
@@ -121,54 +124,82 @@ class HubDatasets(Source[DatasetsSource]):
             start = stop
         return units
 
+    def _shards(self) -> list[Unit]:
+        """The units of a stream: its shards, or all of it where only reading finds a position."""
+        name = self.context.name
+        if self._is_one_unit:
+            return [Unit(name, (self.name,), stamp=self._stamp)]
+        try:
+            shards = self._stream.shards
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise library_error(self.name, error) from None
+        return [
+            Unit(name, (file,), number, number + 1, stamp=self._stamp)
+            for number, file in enumerate(shards)
+        ]
+
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
+        yield from self.read_from(unit, 0)
+
+    def read_from(self, unit: Unit, first: int) -> Iterator[Document | LeftOut]:
+        """Read a unit from result ``first`` on; a row before it is not read where that is known."""
         if unit.stamp != self._stamp:
             raise DataError(
                 f"the data set '{self.name}' changed while it was read: run the same command again"
             )
-        rows: Iterator[Row | LeftOut] = self._rows(unit)
+        # Of rows each gives one result, so that results can be counted as rows.
+        skipped = 0 if self.config.group == "wikitext_articles" else first
+        rows: Iterator[Row | LeftOut] = self._rows(unit, skipped)
+        place = unit.files[0] if self._is_streamed else self.name
         if self.config.group == "wikitext_articles":
             results = self._articles(rows)
         else:
             to_document = RecordReader(self._fields)
             results = (
-                row if isinstance(row, LeftOut) else document_of(to_document, row, self.name)
+                row if isinstance(row, LeftOut) else document_of(to_document, row, place)
                 for row in rows
             )
             if self.config.group == "rows":
                 results = map(_blank_on_purpose, results)
-        yield from (
-            itertools.islice(results, self.config.max_documents)
-            if self.config.streaming
-            else results
+        limit = self.config.max_documents if self._is_streamed else None
+        yield from itertools.islice(
+            results, first - skipped, None if limit is None else max(limit - skipped, 0)
         )
 
-    def _rows(self, unit: Unit) -> Iterator[Row | LeftOut]:
-        number = unit.start
-        for batch in self._batches(unit):
-            yield from rows_of(
-                batch, self._fields, self.name, number, self.context.max_record_bytes
-            )
-            number += batch.num_rows
+    def _rows(self, unit: Unit, first: int) -> Iterator[Row | LeftOut]:
+        place = unit.files[0] if self._is_streamed else self.name
+        for number, batch in self._batches(unit, first):
+            yield from rows_of(batch, self._fields, place, number, self.context.max_record_bytes)
 
-    def _batches(self, unit: Unit) -> Iterator[pyarrow.RecordBatch]:
-        if not self.config.streaming:
+    def _batches(self, unit: Unit, first: int) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        """Batches with the number of their first row, from the unit's row ``first`` on."""
+        if not self._is_streamed:
             table = self._table.with_format("arrow")
             end = unit.end
             assert end is not None
-            for start in range(unit.start, end, BATCH_ROWS):
-                yield from table[start : min(start + BATCH_ROWS, end)].to_batches()
+            for start in range(unit.start + first, end, BATCH_ROWS):
+                row = start
+                for batch in table[start : min(start + BATCH_ROWS, end)].to_batches():
+                    yield row, batch
+                    row += batch.num_rows
             return
-        tables = iter(self._stream.with_format("arrow").iter(BATCH_ROWS))
+        tables = self._stream.tables(None if self._is_one_unit else unit.start, first, BATCH_ROWS)
         while True:
             try:
-                table = next(tables, None)
+                found = next(tables, None)
+            except PipelineError:
+                raise
             except Exception as error:
                 raise library_error(self.name, error) from None
-            if table is None:
+            if found is None:
                 return
-            check_columns(table.schema, self._fields, self.name)
-            yield from table.select(top_columns(table.schema, self._fields)).to_batches()
+            row, streamed = found
+            check_columns(streamed.schema, self._fields, self.name)
+            for batch in streamed.select(top_columns(streamed.schema, self._fields)).to_batches():
+                yield row, batch
+                row += batch.num_rows
 
     def _articles(self, rows: Iterator[Row | LeftOut]) -> Iterator[Document | LeftOut]:
         """Yield articles: rows joined from one heading to the next, each with its line end.
@@ -242,7 +273,7 @@ class HubDatasets(Source[DatasetsSource]):
 
     @property
     def _stamp(self) -> str:
-        if self.config.streaming:
+        if self._is_streamed:
             return f"{self._builder.config_id}:{self._builder.hash}"
         return str(self._table._fingerprint)
 
@@ -320,17 +351,41 @@ class HubDatasets(Source[DatasetsSource]):
     def _builder(self) -> DatasetBuilder:
         import datasets
 
+        if not self._is_streamed:
+            try:
+                return datasets.load_dataset_builder(self._path, self._config_name, **self._choice)
+            except Exception as error:
+                raise library_error(self.name, error) from None
         try:
-            return datasets.load_dataset_builder(self._path, self._config_name, **self._choice)
+            return self._stream.builder
+        except PipelineError:
+            raise
         except Exception as error:
             raise library_error(self.name, error) from None
 
+    @cached_property
+    def _is_streamed(self) -> bool:
+        return self.config.streaming and not is_saved(self._path)
+
     @property
-    def _stream(self) -> IterableDataset:
-        try:
-            return self._builder.as_streaming_dataset(split=self.config.dataset_split)
-        except Exception as error:
-            raise library_error(self.name, error) from None
+    def _is_one_unit(self) -> bool:
+        return self.config.group == "wikitext_articles" or bool(self.config.max_documents)
+
+    @cached_property
+    def _stream(self) -> HubStream:
+        import datasets
+
+        return HubStream(
+            self.name,
+            lambda: datasets.load_dataset_builder(
+                self._path,
+                self._config_name,
+                storage_options=timeouts(self.context.patience),
+                **self._choice,
+            ),
+            str(self.config.dataset_split),
+            self.context.patience,
+        )
 
     @property
     def _choice(self) -> JsonObject:
@@ -390,45 +445,3 @@ def _is_heading(row: pyarrow.Scalar) -> bool:
         return HEADING.fullmatch(row.as_py()) is not None
     except UnicodeDecodeError:  # left out when it is read
         return False
-
-
-CHOOSE_SPLIT = "choose one with 'dataset_split' (--dataset-split)"
-# What the package says, and what a user can do about it; the first that fits.
-ADVICE = (
-    (
-        ("gated", "authenticated", "401 Client", "403 Client"),
-        "accept its terms on its page and log in with 'hf auth login'",
-    ),
-    (
-        ("OfflineModeIsEnabled", "offline mode"),
-        (
-            "HF_HUB_OFFLINE forbids the network, so fetch it first, or give the folder of a copy as"
-            " 'dataset'"
-        ),
-    ),
-    (
-        ("Couldn't reach", "ConnectionError", "Connection"),
-        "check the network, or give the folder of a copy as 'dataset'",
-    ),
-    (("BuilderConfig", "Config name is missing"), "choose one with 'config' (--dataset-config)"),
-    (("Unknown split", "Bad split"), CHOOSE_SPLIT),
-    (
-        ("data file", "DataFilesNotFoundError", "EmptyDatasetError"),
-        "check 'data_files', or name the folder of a copy that holds the files themselves",
-    ),
-    (("doesn't exist",), "check the name, or log in with 'hf auth login' where it is private"),
-)
-
-
-def library_error(name: str, error: Exception) -> DataError:
-    """Return one sentence for an error of the package.
-
-    It has no class for most cases, only texts.
-    """
-    cause = error.__cause__ or error
-    text = f"{type(cause).__name__}: {one_line(str(cause))}"
-    advice = next(
-        (advice for signs, advice in ADVICE if any(sign in text for sign in signs)),
-        "fetch it again, or check it with datasets.load_dataset",
-    )
-    return DataError(f"the data set '{name}' cannot be read ({text}): {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,6 +21,9 @@ from pretrain.core.registry import kinds_of
 ConfigT = TypeVar("ConfigT", bound=SourceConfig)
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Waits between the attempts at a hub that does not deliver.
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 60.0
 
 # The reasons for which a record becomes no document. Reports count these words, and
 # bad_records.jsonl names one for each record.
@@ -123,6 +127,24 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Patience:
+    """How long a hub that does not reply is waited for.
+
+    Attributes:
+        retries: after a failure, one after the other, without a row in between.
+        timeout_seconds: without a byte, after which a request has failed.
+    """
+
+    retries: int = 6
+    timeout_seconds: float = 30.0
+
+    def waits(self) -> Iterator[float]:
+        """Seconds to wait before each retry: 1, 2, 4, ... up to a minute."""
+        for number in range(self.retries):
+            yield min(FIRST_WAIT_SECONDS * 2.0**number, LONGEST_WAIT_SECONDS)
+
+
+@dataclass(frozen=True)
 class ReadContext:
     """The settings that a source needs in addition to its own section.
 
@@ -133,6 +155,7 @@ class ReadContext:
         spool: a file that keeps what can be read only once.
         split_by, split_root: the fields of the data section; a source that cannot be split so is
         refused.
+        patience: with a hub that does not deliver.
     """
 
     name: str
@@ -140,6 +163,7 @@ class ReadContext:
     spool: str | None = None
     split_by: SplitBy = "content"
     split_root: str | None = None
+    patience: Patience = Patience()
 
     @classmethod
     def of(
@@ -147,7 +171,10 @@ class ReadContext:
     ) -> ReadContext:
         """Return the settings for the source ``name`` of a recipe."""
         spool = None if spool_folder is None else str(Path(spool_folder) / f"input-{name}")
-        return cls(name, config.max_record_bytes, spool, config.split_by, config.split_root)
+        patience = Patience(config.streaming_retries, config.streaming_timeout_seconds)
+        return cls(
+            name, config.max_record_bytes, spool, config.split_by, config.split_root, patience
+        )
 
 
 class Source(ABC, Generic[ConfigT]):
@@ -198,6 +225,13 @@ class Source(ABC, Generic[ConfigT]):
         Raises:
             DataError: for a file that is gone or cannot be read at all.
         """
+
+    def read_from(self, unit: Unit, first: int) -> Iterator[Document | LeftOut]:
+        """The results of :meth:`read` from number ``first`` (from 0) on.
+
+        A kind that can begin in the middle of a unit overrides it.
+        """
+        return itertools.islice(self.read(unit), first, None)
 
     def split_name(self, document: Document, unit: Unit) -> str | None:
         """Return the path or id that decides on which side a document is; None if its text does.

@@ -123,10 +123,11 @@ class IncidentLog:
         """
         # Collective: every rank has the losses of its micro batches only.
         losses = self.topology.all_gather([finite(float(loss)) for loss in result.micro_losses])
+        origins = self._all_origins(violation.step - 1)
         if not self.topology.is_main:
             return
         suspects = _worst(losses) if found is None else _not_finite(found)
-        suspects = self._with_documents(suspects, violation.step - 1, len(result.micro_losses))
+        suspects = self._with_documents(suspects, origins, len(result.micro_losses))
         details = {
             "in_a_row": violation.in_a_row,
             "grad_norm": finite(result.grad_norm),
@@ -172,12 +173,22 @@ class IncidentLog:
         logger.warning("%s", reason)
         tqdm.write(f"warning: {reason}; training waits", file=sys.stderr)
 
+    def _all_origins(self, step: int) -> list[Origin]:
+        """Origins of a step (from 0) over all ranks, each from a rank that knows its documents."""
+        known = self.topology.all_gather(self.loader.origins(step))
+        return [
+            next((origin for origin in origins if origin.documents), origins[0])
+            for origins in zip(*known, strict=True)
+        ]
+
     def _with_documents(
-        self, suspects: Sequence[SuspectMicroBatch], step: int, accumulation_steps: int
+        self,
+        suspects: Sequence[SuspectMicroBatch],
+        origins: Sequence[Origin],
+        accumulation_steps: int,
     ) -> list[SuspectMicroBatch]:
-        """Look up the documents of micro batches of a step (from 0)."""
+        """Look up the documents of micro batches of a step."""
         ranks = self.loader.dp_size
-        origins = self.loader.origins(step)
         size = len(origins) // (ranks * accumulation_steps)
         found = []
         for suspect in suspects:
@@ -238,10 +249,7 @@ def describe(origin: Origin) -> str:
     """Return a sequence's source and documents in one line."""
     parts = []
     for place, first, last in origin.documents:
-        if first == last:
-            which = f"document {first}"
-        else:
-            which = f"documents {first} to {'the last' if last < 0 else last}"
+        which = f"document {first}" if first == last else f"documents {first} to {last}"
         parts.append(f"{which} in {place}")
     return f"{origin.source}: {', '.join(parts)}"
 

@@ -242,7 +242,8 @@ class Checkpoints:
             # The phase of the last step: index step - 1, because steps count from 0 there.
             "phase": parts.timeline.at(progress.step - 1).name or None,
             "progress": asdict(progress),
-            "data": parts.loader.state(progress.step),
+            # Collective, if ranks read different parts of the data.
+            "data": parts.loader.state(progress.step, parts.metrics.engine.topology.all_gather),
             "guards": {**parts.guards.state()},
         }
 

@@ -274,10 +274,21 @@ def streams_are_read_once(recipe: Recipe) -> None:
                 "out, or build shards"
             )
     # Shards know how many tokens each source has; a stream learns it at its end.
-    if len(data.named_sources) > 1 and not data.mixture.shares_are_given:
+    if len(data.training_sources) > 1 and not data.mixture.shares_are_given:
         raise ConfigError(
             "data.streaming does not know how large its sources are: give their shares with "
             "data.mixture.kind=weights"
+        )
+    if not data.training_sources:
+        raise ConfigError(
+            "every source has 'split: validation', so data.streaming has nothing to train on: "
+            "name a source to train on"
+        )
+    if data.streaming_lanes is not None and recipe.train.global_batch_size % data.streaming_lanes:
+        raise ConfigError(
+            f"data.streaming_lanes ({data.streaming_lanes}) is no divisor of "
+            f"train.global_batch_size ({recipe.train.global_batch_size}): choose one, or leave it "
+            "out"
         )
 
 
