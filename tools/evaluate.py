@@ -27,8 +27,11 @@ from pretrain.checkpoint.layout import read_state, resolve_checkpoint
 from pretrain.checkpoint.weights_only import is_weights_alone
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
+from pretrain.core.figures import save_figure
+from pretrain.evaluation.arguments import add_lengths, length_options
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generation.sampling import Sampling
+from pretrain.evaluation.heldout.lengths_plot import lengths_figure
 from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
 from pretrain.evaluation.result import EvaluationResult
 from pretrain.evaluation.tasks.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
@@ -41,6 +44,8 @@ EXAMPLES = """\
       --no-bigram --json -
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --window 1024 \\
       --stride 256 --baselines unigram bigram 5-gram exports/other
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --max-windows 64 \\
+      --lengths 256 512 1024 2048 --positions trained yarn --plot lengths.png
   python tools/evaluate.py --checkpoint exports/quickstart --data data/quickstart \\
       --markdown report.md --tensorboard runs/quickstart/tensorboard
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest \\
@@ -96,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     # The training that started the command: see Parent.
     parser.add_argument("--parent", type=int, nargs=3, help=argparse.SUPPRESS)
     _add_heldout(parser)
+    add_lengths(parser)
     _add_tasks(parser)
     _add_texts(parser)
     parser.add_argument(
@@ -262,10 +268,12 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
     """
     check_arguments(arguments)
     chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
+    chosen = chosen or arguments.lengths
     heldout = heldout_options(arguments)
     return Suite(
         device=choose_device(arguments.device),
         heldout=heldout if arguments.heldout or not chosen else None,
+        lengths=length_options(arguments),
         tasks=task_options(arguments),
         prompts=arguments.prompts,
         references=arguments.references,
@@ -354,6 +362,9 @@ def publish(result: EvaluationResult, arguments: argparse.Namespace) -> None:
         write_markdown(result, arguments.markdown)
     if arguments.tensorboard is not None:
         write_tensorboard(result, arguments.tensorboard, result.get("step") or 0)
+    if arguments.plot is not None:
+        figure = lengths_figure(result["lengths"], result["checkpoint"].replace("$", r"\$"))
+        save_figure(figure, arguments.plot)
     write_json(result, arguments.json_path)
 
 
