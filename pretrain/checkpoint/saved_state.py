@@ -5,7 +5,9 @@ What the loader and plugins' guards keep in it is their own, and only known to b
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain.core.files import JsonObject
 from pretrain.core.saved_types import Count, first_fault
@@ -77,6 +79,24 @@ class SavedSource(_Saved):
     share: float
 
 
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SavedHardware(_Saved):
+    """The types of :class:`pretrain.checkpoint.state.HardwareUse`."""
+
+    device: Annotated[str, Field(max_length=1000)]
+    is_cpu: bool
+    devices: Count
+    cores_per_device: Count
+    starts: Count
+    wall_seconds: Seconds
+    device_seconds: Seconds
+    joules: Seconds
+    covered_seconds: Seconds
+    counters: list[str]
+
+
 class SavedState(_Saved):
     """The types of :class:`pretrain.checkpoint.state.CheckpointState`."""
 
@@ -91,6 +111,7 @@ class SavedState(_Saved):
     data: JsonObject = {}
     guards: SavedGuards = SavedGuards()
     engine: SavedEngine = SavedEngine()
+    hardware: SavedHardware | None = None
     saved_at: float = 0.0
     tokenizer_sha256: str | None = None
     world_size: Count = 1
