@@ -1,7 +1,7 @@
 """The hardware that a run has used: device hours, and the energy that counters have seen.
 
-The account is one small file in the run's folder that rank 0 overwrites after every step. It adds up
-over all starts of the run: work that was lost and done again has used the hardware too.
+The account is one small file in the run's folder that rank 0 overwrites after every step. It adds
+up over all starts of the run: work that was lost and done again has used the hardware too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
@@ -193,7 +194,7 @@ class HardwareMeter:
         if account is None and self._folder is not None:
             # A start that had nothing to do: the run's last account stays.
             account = read_account(self._folder)
-        return None if account is None else HardwareUse(**asdict(account))  # type: ignore[typeddict-item]
+        return None if account is None else cast(HardwareUse, asdict(account))
 
 
 def device_name(device: torch.device) -> str:

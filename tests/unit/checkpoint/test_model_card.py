@@ -112,7 +112,8 @@ def test_weights_of_no_run_of_ours_claim_no_tokens_data_or_results() -> None:
 
 def used(settings: list[str], **changes: Any) -> str:
     """The section of hardware and energy of a card."""
-    state: CheckpointState = {**STATE, "hardware": {**USE, **changes}}  # type: ignore[typeddict-item]
+    use: Any = {**USE, **changes}
+    state: CheckpointState = {**STATE, "hardware": use}
     card = model_card(load_recipe("debug", settings), state)
     return card.split("## Hardware and energy\n")[1].split("\n## ")[0]
 

@@ -1,4 +1,4 @@
-"""Groups of options of ``tools/evaluate.py``, and what they mean."""
+"""The options of ``tools/evaluate.py`` for context lengths, and what they mean."""
 
 from __future__ import annotations
 
