@@ -10,6 +10,7 @@ import time
 
 from pretrain.callbacks.build import missing_packages
 from pretrain.config.load import load_recipe
+from pretrain.config.published import read_published
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import warnings_about
 from pretrain.core.cli import write_json
@@ -82,6 +83,9 @@ def run(options: argparse.Namespace) -> int:
     """Load recipe and ds_config, print warnings, and train or plan; return the exit code."""
     recipe = load_recipe(options.recipe, options.overrides)
     ds_config = read_ds_config(options.ds_config)
+    if recipe.published is not None:
+        # Read again when it is drawn: here a wrong file costs a second, at the end hours.
+        read_published(recipe.published)
     if starts_as_first_rank(os.environ):
         warnings = [*warnings_about(recipe), *hardware_warnings(recipe)]
         for warning in [*warnings, *missing_packages(recipe, ds_config)]:

@@ -27,8 +27,12 @@ from pretrain.checkpoint.layout import read_state, resolve_checkpoint
 from pretrain.checkpoint.weights_only import is_weights_alone
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
+from pretrain.core.figures import save_figure
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generation.sampling import Sampling
+from pretrain.evaluation.heldout.length_arguments import add_lengths, length_options
+from pretrain.evaluation.heldout.lengths_plot import lengths_figure
+from pretrain.evaluation.human.command import add_human, asks_for_humans, run_human
 from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
 from pretrain.evaluation.result import EvaluationResult
 from pretrain.evaluation.tasks.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
@@ -41,6 +45,8 @@ EXAMPLES = """\
       --no-bigram --json -
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --window 1024 \\
       --stride 256 --baselines unigram bigram 5-gram exports/other
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --max-windows 64 \\
+      --lengths 256 512 1024 2048 --positions trained yarn --plot lengths.png
   python tools/evaluate.py --checkpoint exports/quickstart --data data/quickstart \\
       --markdown report.md --tensorboard runs/quickstart/tensorboard
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest \\
@@ -51,6 +57,10 @@ EXAMPLES = """\
   python tools/evaluate.py --checkpoint exports/quickstart --code-problems HumanEval.jsonl \\
       --num-samples 20 --pass-at 1,10 --temperature 0.8 --max-new-tokens 256 \\
       --allow-code-execution
+  # blind sheets for people who rate texts, and the score of what they sent back
+  python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest \\
+      --human-against exports/other --human-prompts prompts.jsonl --human-sheet study
+  python tools/evaluate.py --human-score rater_1_ann.csv rater_2_bo.csv --key study/key.json
   # each new checkpoint of a run, until the last
   python tools/evaluate.py --watch runs/quickstart --max-windows 64 --prompt "def main("
 
@@ -68,6 +78,7 @@ COUNTS = (
     "interval_steps",
     "program_memory",
     "code_max_new_tokens",
+    "human_raters",
 )
 
 
@@ -87,6 +98,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="RUN",
         help="each checkpoint of a run as it appears, into RUN/evaluations.jsonl and TensorBoard",
     )
+    what.add_argument(
+        "--human-score",
+        type=Path,
+        nargs="+",
+        metavar="CSV",
+        help="filled-in sheets of --human-sheet",
+    )
     parser.add_argument(
         "--interval-steps",
         type=int,
@@ -97,8 +115,10 @@ def parse_arguments() -> argparse.Namespace:
     # The training that started the command: see Parent.
     parser.add_argument("--parent", type=int, nargs=3, help=argparse.SUPPRESS)
     _add_heldout(parser)
+    add_lengths(parser)
     _add_tasks(parser)
     _add_texts(parser)
+    add_human(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
@@ -275,17 +295,19 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
     """
     check_arguments(arguments)
     chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
+    chosen = chosen or arguments.lengths
     heldout = heldout_options(arguments)
     return Suite(
         device=choose_device(arguments.device),
         heldout=heldout if arguments.heldout or not chosen else None,
+        lengths=length_options(arguments),
         tasks=task_options(arguments),
         prompts=arguments.prompts,
         references=arguments.references,
         code=code_options(arguments),
         sampling=sampling_options(arguments),
         max_new_tokens=arguments.max_new_tokens,
-        stop=[string.replace("\\n", "\n") for string in arguments.stop],
+        stop=stop_strings(arguments),
         batch_size=arguments.batch_size,
     )
 
@@ -363,6 +385,11 @@ def sampling_options(arguments: argparse.Namespace) -> Sampling:
     return drawn or Sampling(top_p=arguments.top_p, greedy=True, seed=arguments.seed)
 
 
+def stop_strings(arguments: argparse.Namespace) -> list[str]:
+    """What ends a text; \\n on the command line is a line's end."""
+    return [string.replace("\\n", "\n") for string in arguments.stop]
+
+
 def publish(result: EvaluationResult, arguments: argparse.Namespace) -> None:
     """Prints the report, and writes the files that were asked for."""
     if arguments.json_path != "-":
@@ -371,12 +398,19 @@ def publish(result: EvaluationResult, arguments: argparse.Namespace) -> None:
         write_markdown(result, arguments.markdown)
     if arguments.tensorboard is not None:
         write_tensorboard(result, arguments.tensorboard, result.get("step") or 0)
+    if arguments.plot is not None:
+        figure = lengths_figure(result["lengths"], result["checkpoint"].replace("$", r"\$"))
+        save_figure(figure, arguments.plot)
     write_json(result, arguments.json_path)
 
 
 def main() -> None:
     """The command."""
     arguments = parse_arguments()
+    if asks_for_humans(arguments):
+        check_arguments(arguments)
+        run_human(arguments, sampling_options(arguments), stop_strings(arguments))
+        return
     suite = suite_of(arguments)
     if arguments.watch is None:
         publish(suite.run(arguments.checkpoint), arguments)

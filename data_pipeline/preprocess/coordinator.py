@@ -68,7 +68,7 @@ from data_pipeline.shards.split import SPLITS, SplitPlan, plan_split
 from data_pipeline.tokenizer.config import ExistingTokenizer, TrainedTokenizer
 from data_pipeline.tokenizer.configured import check_kind, load_configured
 from data_pipeline.tokenizer.tokenizer import Tokenizer
-from pretrain.core.errors import ConfigError, DataError
+from pretrain.core.errors import DataError
 from pretrain.core.files import only_writer, write_synced
 from pretrain.core.progress import Stage
 

@@ -15,6 +15,7 @@ from pretrain.callbacks.expert_usage import ExpertUsage
 from pretrain.callbacks.history import HISTORY, TrainingHistory
 from pretrain.callbacks.metrics import METRICS, TRAINING_LOG, MetricsFiles
 from pretrain.callbacks.progress import ProgressBar
+from pretrain.callbacks.published import PublishedEvents, overlay_of
 from pretrain.callbacks.trackers.comet import OFFLINE
 from pretrain.callbacks.trackers.mlflow import ARTIFACTS, DATABASE
 from pretrain.callbacks.tracking import TRACKERS, TrackedRun, Tracking
@@ -53,6 +54,7 @@ def make_callbacks(
     monitor = engine.monitor
     world_size = engine.topology.world_size
     card = ModelCard(folder, checkpoints, recipe)
+    overlay = overlay_of(recipe, timeline)
     # Files come before the trackers that keep them.
     callbacks: list[Callback] = [
         RunRecord(folder, recipe, ds_config, world_size),
@@ -61,9 +63,11 @@ def make_callbacks(
         ExpertUsage(usage, monitor.summary_writer, recipe.logging.hot_expert_factor),
         DeepSpeedMonitor(monitor),
         ProgressBar(),
-        TrainingCurves(folder),
+        TrainingCurves(folder, overlay),
         card,
     ]
+    if overlay is not None:
+        callbacks.append(PublishedEvents(overlay, monitor.summary_writer))
     if recipe.evaluation is not None:
         # The end of an evaluation may take long, so a card is there before it, and one with its
         # results after it.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.callbacks.base import Callback, MetricsRecord, Summary
 from pretrain.callbacks.metrics import METRICS, read_records
+from pretrain.callbacks.published import Overlay
 from pretrain.core.files import write_synced
 
 if TYPE_CHECKING:
@@ -60,10 +61,15 @@ def moving_average(values: Sequence[float], half_life: float) -> list[float]:
     return averages
 
 
-def figure_of(records: Sequence[MetricsRecord], title: str) -> Figure:
+def figure_of(
+    records: Sequence[MetricsRecord], title: str, overlay: Overlay | None = None
+) -> Figure:
     """Draw raw and smoothed values over tokens, and the validation loss next to that of training.
 
     Columns that no record has are left out.
+
+    Args:
+        overlay: a published curve, in the panel of the loss up to the run's own tokens.
     """
     from matplotlib.figure import Figure  # slow to import, and only rank 0 draws
 
@@ -105,6 +111,9 @@ def figure_of(records: Sequence[MetricsRecord], title: str) -> Figure:
             markersize=4,
         )
     if train or validation:
+        if overlay is not None:
+            reached = max(record["tokens"] for record in records if "tokens" in record)
+            _draw_published(grid[0, 0], overlay, reached)
         grid[0, 0].legend(loc="upper right")
     # An odd number of panels leaves one place empty.
     for axes in grid.flat[len(panels) :]:
@@ -133,11 +142,38 @@ def _draw(axes: Axes, panel: Panel, train: Sequence[MetricsRecord]) -> None:
     axes.grid(alpha=0.3)
 
 
-class TrainingCurves(Callback):
-    """Draws the records of metrics.jsonl when training ends, also by an error."""
+def _draw_published(axes: Axes, overlay: Overlay, reached: int) -> None:
+    """Draw a published curve in dashes, without letting it change the run's own axis of tokens."""
+    left, right = axes.get_xlim()
+    # A dollar begins a formula.
+    source = overlay.source.replace("$", r"\$")
+    for name, color in (("train", "tab:blue"), ("validation", "tab:orange")):
+        points = overlay.points(name)
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                "--",
+                marker="s",
+                color=color,
+                alpha=0.7,
+                label=f"{source}: {name}",
+                linewidth=1.0,
+                markersize=4,
+            )
+    axes.set_xlim(left, max(right, reached))
+    axes.set_title(overlay.note, fontsize="x-small", loc="left")
 
-    def __init__(self, folder: Path) -> None:
+
+class TrainingCurves(Callback):
+    """Draws the records of metrics.jsonl when training ends, also by an error.
+
+    Args:
+        overlay: a published curve that is drawn with them.
+    """
+
+    def __init__(self, folder: Path, overlay: Overlay | None = None) -> None:
         self.folder = folder
+        self.overlay = overlay
 
     def on_end(self, summary: Summary) -> None:
         """Draw."""
@@ -149,6 +185,7 @@ class TrainingCurves(Callback):
 
     def _draw(self) -> None:
         content = io.BytesIO()
-        figure = figure_of(read_records(self.folder / METRICS), self.folder.name)
+        records = read_records(self.folder / METRICS)
+        figure = figure_of(records, self.folder.name, self.overlay)
         figure.savefig(content, dpi=100, format="png")
         write_synced(self.folder / CURVES, content.getvalue())

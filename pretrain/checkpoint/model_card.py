@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from data_pipeline.sources.origins import origin_of
+from pretrain.checkpoint.card_hardware import hardware_formulas, hardware_rows
 from pretrain.checkpoint.state import CheckpointState
 from pretrain.config.epochs import with_placeholder_length
 from pretrain.config.recipe import Recipe
@@ -22,6 +24,12 @@ INTENDED_USE = (
 LIMITS = (
     "It repeats errors, gaps and prejudices of its training text, may invent facts, and was not "
     "tested for safety."
+)
+ETHICS = (
+    "A base model writes whatever resembles its training text: that may be offensive, false, "
+    "private or under somebody's copyright. Nothing was done here to prevent it. Do not let it "
+    "decide about people, and look at its output before anybody else does; before it is put to use, "
+    "measure its errors for those whom they would hit."
 )
 NO_LICENSE = (
     "Not stated. Set `card.license` in the recipe before you share the weights, and heed the "
@@ -46,11 +54,15 @@ def model_card(
     sections = {
         "Intended use": [card.intended_use or INTENDED_USE],
         "Limits": [card.limits or LIMITS],
+        "Ethics": [card.ethics or ETHICS],
         "Data": _data(recipe, state),
         "Training": _training(recipe, state),
         "Results": _results(state, results or {}),
+        "Hardware and energy": _hardware(recipe, state),
         "Licence": [card.license or NO_LICENSE],
     }
+    if card.contact is not None:
+        sections["Contact"] = [card.contact]
     lines = [*_front_matter(recipe), f"# {recipe.name}", "", _summary(recipe, state), ""]
     for title, content in sections.items():
         lines += [f"## {title}", "", *content, ""]
@@ -94,8 +106,15 @@ def _summary(recipe: Recipe, state: CheckpointState) -> str:
 def _data(recipe: Recipe, state: CheckpointState) -> list[str]:
     sources = state.get("sources")
     if not sources:
-        streamed = "Read from its sources during training; `data` in the recipe names them."
-        return [streamed if recipe.data.streaming else "Not recorded."]
+        if not recipe.data.streaming:
+            return ["Not recorded."]
+        named = recipe.data.named_sources
+        streamed: list[list[Cell]] = [
+            [name, source.kind, recipe.card.data_origin.get(name) or origin_of(source)]
+            for name, source in named.items()
+        ]
+        columns = ["source", "kind", "origin and licence"]
+        return ["Read from its sources during training:", "", *table(columns, streamed)]
     rows: list[list[Cell]] = [
         [
             name,
@@ -103,7 +122,7 @@ def _data(recipe: Recipe, state: CheckpointState) -> list[str]:
             source["documents"],
             source["tokens"],
             source["share"],
-            recipe.card.data_origin.get(name),
+            recipe.card.data_origin.get(name) or _known_origin(recipe, name, source["kind"]),
         ]
         for name, source in sources.items()
     ]
@@ -114,6 +133,23 @@ def _data(recipe: Recipe, state: CheckpointState) -> list[str]:
         "",
         f"Shares are of the training split. The mixture is `{recipe.data.mixture.kind}`{passes}.",
     ]
+
+
+def _known_origin(recipe: Recipe, name: str, kind: str) -> str | None:
+    """Return the origin of a source that the recipe still names as the data records it."""
+    # Data of several folders have names of their own, of which the recipe knows no sources.
+    source = None if recipe.data.corpora else recipe.data.named_sources.get(name)
+    return origin_of(source) if source is not None and source.kind == kind else None
+
+
+def _hardware(recipe: Recipe, state: CheckpointState) -> list[str]:
+    use = state.get("hardware")
+    # Weights of no run, and a run that was counted by an earlier version.
+    if not use or not use["device_seconds"]:
+        return ["Not recorded."]
+    rows: list[list[Cell]] = hardware_rows(recipe.card, use)
+    formulas = [f"* {line}" for line in hardware_formulas(recipe.card, use)]
+    return [*table(["what", "value"], rows), "", *formulas]
 
 
 def _training(recipe: Recipe, state: CheckpointState) -> list[str]:

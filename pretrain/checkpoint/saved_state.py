@@ -99,6 +99,24 @@ class SavedSource(_Saved):
     share: float
 
 
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SavedHardware(_Saved):
+    """The types of :class:`pretrain.checkpoint.state.HardwareUse`."""
+
+    device: Annotated[str, Field(max_length=1000)]
+    is_cpu: bool
+    devices: Count
+    cores_per_device: Count
+    starts: Count
+    wall_seconds: Seconds
+    device_seconds: Seconds
+    joules: Seconds
+    covered_seconds: Seconds
+    counters: list[str]
+
+
 class SavedState(_Saved):
     """The types of :class:`pretrain.checkpoint.state.CheckpointState`."""
 
@@ -113,6 +131,7 @@ class SavedState(_Saved):
     data: JsonObject = {}
     guards: SavedGuards = SavedGuards()
     engine: SavedEngine = SavedEngine()
+    hardware: SavedHardware | None = None
     saved_at: float = 0.0
     tokenizer_sha256: str | None = None
     world_size: Count = 1

@@ -48,6 +48,32 @@ class CardFacts(TypedDict):
     sources: dict[str, SourceFacts]
 
 
+class HardwareUse(TypedDict):
+    """What all starts of a run have used up to a checkpoint.
+
+    Attributes:
+        device, is_cpu, devices, cores_per_device: of the newest start, a device for each rank;
+            cores are threads that compute.
+        starts: of the run.
+        wall_seconds: of all starts, from the creation of their processes.
+        device_seconds: wall seconds times ranks.
+        joules: that counters of energy have seen, on all ranks.
+        covered_seconds: device seconds during which they counted.
+        counters: their names.
+    """
+
+    device: str
+    is_cpu: bool
+    devices: int
+    cores_per_device: int
+    starts: int
+    wall_seconds: float
+    device_seconds: float
+    joules: float
+    covered_seconds: float
+    counters: list[str]
+
+
 class CheckpointState(TypedDict):
     """The content of ``state.json``.
 
@@ -62,6 +88,7 @@ class CheckpointState(TypedDict):
         data: where the loader is; empty for weights without a run.
         guards: what the guards remember.
         engine: what the engine counts; none for weights without a run.
+        hardware: what the run has used; None before it was counted.
         saved_at: seconds since 1970 (UTC).
     """
 
@@ -76,6 +103,7 @@ class CheckpointState(TypedDict):
     data: NotRequired[JsonObject]
     guards: NotRequired[JsonObject]
     engine: NotRequired[EngineCounts]
+    hardware: NotRequired[HardwareUse | None]
     saved_at: NotRequired[float]
     # Of the fingerprint; a TypedDict cannot inherit keys as optional ones.
     tokenizer_sha256: NotRequired[str | None]

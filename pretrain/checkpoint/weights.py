@@ -104,17 +104,23 @@ def load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_model(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    recipe: Recipe | None = None,
 ) -> tuple[DecoderLM, Recipe]:
     """Load the whole model of a checkpoint on one device, in evaluation mode.
 
+    Args:
+        recipe: to compute with; by default the one that it was trained with.
+
     Returns:
-        The model, and the recipe that it was trained with.
+        The model and its recipe.
 
     Raises:
         CheckpointError: if weights are missing, superfluous or of another shape than in the recipe.
     """
-    recipe = read_recipe(folder)
+    recipe = recipe or read_recipe(folder)
     # The kernel does not belong to a model: the one that it was trained with may need a package or
     # a device that is not here.
     attention = recipe.model.attention.model_copy(update={"kernel": "sdpa"})

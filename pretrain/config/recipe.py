@@ -15,6 +15,7 @@ from data_pipeline.config import DataConfig
 from pretrain.config.callbacks import CallbackConfig
 from pretrain.config.guards import GuardConfig
 from pretrain.config.phases import PhaseConfig
+from pretrain.config.published import PublishedConfig
 from pretrain.config.schedules import CosineSchedule, ScheduleConfig
 from pretrain.config.trackers import CardConfig, TrackersConfig
 from pretrain.core.registry import OneOf
@@ -331,6 +332,9 @@ class Recipe(Section):
     callbacks: list[Annotated[CallbackConfig, OneOf()]] = Field(
         [],
         description="of plugins, after those that every run has, in this order",
+    )
+    published: PublishedConfig | None = Field(
+        None, description="a published loss curve that is drawn with this run's; none by default"
     )
     card: CardConfig = CardConfig()
 

@@ -89,6 +89,27 @@ class CardConfig(Section):
     )
     intended_use: str | None = Field(None, description="research on pretraining, by default")
     limits: str | None = Field(None, description="those of any base model, by default")
+    ethics: str | None = Field(
+        None, description="risks and who may be harmed; those of any base model, by default"
+    )
+    contact: str | None = Field(None, description="whom to ask and to report problems to")
+    watts_per_device: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
+        None,
+        description=(
+            "power of one rank's device, for an estimate if no counter of energy can be read; 350 "
+            "for an accelerator and 10 for each core of a processor by default"
+        ),
+    )
+    power_usage_effectiveness: Annotated[float, Field(ge=1, le=10)] = Field(
+        1.0, description="energy of the data centre per energy of its computers (PUE)"
+    )
+    grid_kg_per_kwh: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        None,
+        description=(
+            "kg of CO2 equivalent per kWh of the electricity used; without it the card says "
+            "nothing of carbon"
+        ),
+    )
     data_origin: dict[str, str] = Field(
         {},
         description=("origin and licence of each source of the data, by the source's name"),

@@ -48,26 +48,6 @@ def make_durable_folder(path: Path) -> None:
         fsync_path(folder.parent)
 
 
-def follow_umask(path: Path) -> None:
-    """Give a file the permissions that ``open`` would have given it.
-
-    Libraries that write under a random name and rename (safetensors) leave files that only their
-    owner can read.
-    """
-    path.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(next(line for line in status.splitlines() if line.startswith("Umask"))[6:], 8)
-    except (OSError, StopIteration):
-        # Elsewhere it can only be read by setting it, for all threads.
-        mask = os.umask(0o077)
-        os.umask(mask)
-        return mask
-
-
 @contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
     """Errors of the operating system inside the block name the file: those of a write do not."""

@@ -83,7 +83,7 @@ def _write_log(sentence: str) -> None:
     rank = os.environ.get("RANK", "0")
     for path in _log:
         # Not through logging: the thread that is stuck may hold its lock.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(descriptor, f"{now},000 [rank {rank}] CRITICAL watchdog: {sentence}\n".encode())
         os.write(descriptor, f"stacks of all threads of rank {rank}:\n".encode())

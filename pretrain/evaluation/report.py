@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import StorageError
+from pretrain.evaluation.result import LengthsResult
 
 UNITS = {"loss": "nats per token", "window": "tokens", "stride": "tokens", "targets": "tokens"}
 HELDOUT = ("step", "targets", "window", "stride", "loss", "perplexity", "accuracy", "bits_per_byte")
 GROUP = ("targets", "loss", "perplexity", "accuracy", "bits_per_byte")
 BASELINE = ("loss", "perplexity", "bits_per_byte", "targets", "windows")
+LENGTH = ("loss", "standard_error", "perplexity", "accuracy")
 CODE = ("problems", "samples", "timed_out", "without_network")
 
 
@@ -42,6 +44,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += [f"Results depend on the batch: {result['depends_on_batch']}.{together}", ""]
     if "loss" in result:
         lines += _heldout_section(result)
+    if "lengths" in result:
+        lines += _lengths_section(result["lengths"])
     if "tasks" in result:
         lines += _section(
             "Tasks (lm-evaluation-harness)",
@@ -87,6 +91,34 @@ def _heldout_section(result: Mapping[str, Any]) -> list[str]:
     if result["baselines"]:
         lines += _scores("baseline", result["baselines"], BASELINE)
     return lines
+
+
+def _lengths_section(result: LengthsResult) -> list[str]:
+    """Loss by context length, and by position in the longest context."""
+    variants = result["variants"]
+    lengths = list(next(iter(variants.values())))
+    trained = result["trained_length"]
+    title = (
+        f"Context lengths, on {result['sections']} sections of {result['section_tokens']} tokens"
+    )
+    lines = [f"## {title}", ""]
+    if trained is not None:
+        lines += [f"Trained with {result['trained_position']} on {trained} tokens.", ""]
+    lines += _table(
+        ["positions", "context, tokens", "loss", "standard error", "perplexity", "accuracy"],
+        [
+            [name, length, *(score[key] for key in LENGTH)]  # type: ignore[literal-required]
+            for name, scores in variants.items()
+            for length, score in scores.items()
+        ],
+    )
+    longest = [scores[lengths[-1]]["by_position"] for scores in variants.values()]
+    rows = [
+        [places, *(groups[places]["loss"] if places in groups else None for groups in longest)]
+        for places in longest[0]
+    ]
+    heading = f"loss at positions of {lengths[-1]} tokens"
+    return [*lines, "", *_table([heading, *variants], rows), ""]
 
 
 def _scores(

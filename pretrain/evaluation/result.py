@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from pretrain.core.files import JsonObject
+
 # A metric that the harness could not compute is None.
 TaskMetrics = dict[str, float | str | None]
 ScoreFields = dict[str, float | None]
@@ -27,6 +29,43 @@ class CodeResult(TypedDict):
     passed: dict[str, int]
     timed_out: int
     without_network: bool
+
+
+class LengthScore(TypedDict):
+    """The score at one context length.
+
+    Attributes:
+        loss: nats per token.
+        standard_error: of the loss, over sections of the text; None for a single section.
+        by_position: loss and targets of groups of positions in the context.
+    """
+
+    targets: int
+    loss: float
+    standard_error: float | None
+    perplexity: float
+    accuracy: float
+    by_position: dict[str, JsonObject]
+
+
+class LengthsResult(TypedDict):
+    """Scores of the same sections of text at several context lengths.
+
+    Attributes:
+        trained_length: tokens; None for a Hugging Face folder, which does not say.
+        sections, section_tokens: how many, of the longest length each.
+        document_mask: whether contexts end with their document, and positions count in it.
+        variants: scores by length, by position encoding.
+    """
+
+    data: str
+    split: str
+    trained_position: str
+    trained_length: int | None
+    sections: int
+    section_tokens: int
+    document_mask: bool
+    variants: dict[str, dict[str, LengthScore]]
 
 
 class EvaluationResult(TypedDict, total=False):
@@ -54,6 +93,7 @@ class EvaluationResult(TypedDict, total=False):
     baselines: dict[str, ScoreFields]
     bigram: ScoreFields | None
     better_than_bigram_by: float | None
+    lengths: LengthsResult
     tasks: dict[str, TaskMetrics]
     texts: list[WrittenText]
     references: dict[str, float]

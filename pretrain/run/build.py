@@ -46,6 +46,7 @@ from pretrain.run.folder import CHECKPOINTS, USAGE
 from pretrain.run.resolve import resolve_config
 from pretrain.training.checkpointing import Checkpoints, RunParts
 from pretrain.training.goodput import GoodputMeter
+from pretrain.training.hardware import HardwareMeter
 from pretrain.training.metrics import MetricsRecorder, timing_interval
 from pretrain.training.records import RecordWriter
 from pretrain.training.schedules import schedules_of
@@ -295,6 +296,7 @@ def _metrics(
         peak_flops=peak_flops(resolved.topology.device, resolved.precision),
         goodput=GoodputMeter(folder, timer, run.loader.prefetch_wait),
         own_time=own_time,
+        hardware=HardwareMeter(folder, resolved.topology),
     )
 
 

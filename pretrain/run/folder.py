@@ -49,6 +49,7 @@ OTHER_FILES = (
     INITIAL_WEIGHTS,
     LEDGER,
     "goodput.json",
+    "hardware.json",
 )
 CHATTY_LIBRARIES = ("matplotlib", "PIL", "urllib3", "h5py")
 

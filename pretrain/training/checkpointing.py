@@ -144,6 +144,8 @@ class Checkpoints:
                     f"the weights after step {progress.step} are not finite: "
                     "lower optimizer.learning_rate; the last checkpoint is intact"
                 )
+            # Collective too, and before the state, which holds what it sums.
+            parts.metrics.hardware.share()
             # Before the state is made: the progress names the step of each kept epoch.
             self.ended.saved(progress)
             rank_state: RankState = {
@@ -158,6 +160,7 @@ class Checkpoints:
                 background=self._config.background and not waits,
             )
         parts.metrics.goodput.note(progress)
+        parts.metrics.hardware.note()
 
     @contextmanager
     def published(self) -> Iterator[None]:
@@ -245,6 +248,7 @@ class Checkpoints:
             # Collective, if ranks read different parts of the data.
             "data": parts.loader.state(progress.step, parts.metrics.engine.topology.all_gather),
             "guards": {**parts.guards.state()},
+            "hardware": parts.metrics.hardware.measure(),
         }
 
     def _pointers(self, progress: Progress) -> dict[str, int]:

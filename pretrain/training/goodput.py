@@ -159,7 +159,7 @@ class GoodputMeter:
             account = before.next_start(progress, created)
         startup = account.startup_seconds + max(0.0, now - created)
         self._begun = replace(account, startup_seconds=startup)
-        self._descriptor = os.open(self._folder / ACCOUNT, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._descriptor = os.open(self._folder / ACCOUNT, os.O_WRONLY | os.O_CREAT, 0o666)
         self._write(progress)
 
     def note(self, progress: Progress) -> None:

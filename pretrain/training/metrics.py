@@ -21,6 +21,7 @@ from pretrain.guards.progress import Progress
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import model_size
 from pretrain.training.goodput import GoodputMeter
+from pretrain.training.hardware import HardwareMeter
 from pretrain.training.records import (
     RecordWriter,
     RouterRecord,
@@ -50,6 +51,7 @@ class MetricsRecorder:
         guards: those that only warn look at losses here, when these come to the host.
         peak_flops: FLOP/s of the device; None if it is not known.
         goodput, own_time: what a record of times holds.
+        hardware: what the model card says of hours and energy.
         pending: steps that are in no record yet.
         training_loss: of the last record; None before there is one.
     """
@@ -64,6 +66,7 @@ class MetricsRecorder:
     peak_flops: float | None
     goodput: GoodputMeter
     own_time: OwnTime
+    hardware: HardwareMeter
     training_loss: float | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +79,7 @@ class MetricsRecorder:
         """Begin after the steps that are done."""
         self._usage_started = progress.step
         self.goodput.begin(progress)
+        self.hardware.begin()
 
     def restart(self, step: int) -> None:
         """Begin again after a rollback to step ``step``, without what was counted since."""
@@ -100,6 +104,7 @@ class MetricsRecorder:
             is_due: whether a training record is due, also between multiples of the interval.
         """
         self.goodput.note(progress)
+        self.hardware.note()
         if is_due or progress.step % self.config.interval_steps == 0:
             self.record_training(progress)
         if is_due or progress.step % timing_interval(self.config) == 0:
@@ -152,6 +157,7 @@ class MetricsRecorder:
     def _record_timing(self, step: int) -> None:
         # Collective: before rank 0 alone continues.
         times = self.own_time.gather()
+        self.hardware.share()
         goodput = self.goodput.measure()
         if goodput is None:
             return

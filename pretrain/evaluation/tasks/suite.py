@@ -21,6 +21,11 @@ from pretrain.evaluation.generation.generators import (
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.generation.writing import Writer
 from pretrain.evaluation.heldout.heldout import score_checkpoint, score_transformers
+from pretrain.evaluation.heldout.lengths import (
+    LengthOptions,
+    score_checkpoint_lengths,
+    score_transformers_lengths,
+)
 from pretrain.evaluation.heldout.references import read_references, score_references
 from pretrain.evaluation.heldout.scores import HeldoutScore
 from pretrain.evaluation.result import CodeResult, EvaluationResult, WrittenText
@@ -85,6 +90,7 @@ class Suite:
 
     device: torch.device
     heldout: HeldoutOptions | None = None
+    lengths: LengthOptions | None = None
     tasks: TaskOptions | None = None
     prompts: Sequence[str] = ()
     references: Path | None = None
@@ -105,6 +111,14 @@ class Suite:
         result: EvaluationResult = {"checkpoint": str(folder), "step": step}
         if self.heldout is not None:
             result.update(self._heldout(folder, self.heldout).to_dict())
+        if self.lengths is not None:
+            result["lengths"] = (
+                score_transformers_lengths(
+                    folder, self.lengths, self.device, self.batch_size or WRITING_BATCH
+                )
+                if is_hf_folder(folder)
+                else score_checkpoint_lengths(folder, self.lengths, self.device, self.batch_size)
+            )
         # Opened only if needed: the score on held-out text has loaded the model once already.
         if self.tasks or self.prompts or self.references or self.code:
             self._run_generator(open_generator(folder, self.device), result)

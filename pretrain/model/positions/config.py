@@ -18,10 +18,12 @@ class Position(Component):
     Attributes:
         rotary: whether it rotates queries and keys.
         alibi: whether it adds ALiBi's biases to scores.
+        bounded: whether it has something for the first ``max_position_embeddings`` positions only.
     """
 
     rotary: ClassVar[bool] = False
     alibi: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
 
     def keeps_the_meaning_of(self, other: Section) -> bool:
         """If both encode positions in the same way.
@@ -162,6 +164,7 @@ class Learned(Position):
     """
 
     implementation: ClassVar[str] = "pretrain.model.positions.learned:LearnedPosition"
+    bounded: ClassVar[bool] = True
     kind: Literal["learned"]
 
 

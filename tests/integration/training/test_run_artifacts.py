@@ -173,8 +173,16 @@ def test_the_card_names_data_licence_and_what_was_measured(run: Path) -> None:
             f"{state['parameters']['total']:,} parameters" in text
             and f"{state['validation_loss']:.4f}" in text
         )
-        for section in ("Intended use", "Limits", "Data", "Training", "Results", "Licence"):
+        for section in (
+            "Intended use", "Limits", "Ethics", "Data", "Training", "Results",
+            "Hardware and energy", "Licence",
+        ):  # fmt: skip
             assert f"## {section}\n" in text
+        # Both starts count, and this test needs no counter of energy.
+        use = state["hardware"]
+        assert use is not None and use["starts"] == 2 and use["devices"] == 1
+        assert 0 < use["wall_seconds"] == use["device_seconds"]
+        assert "| starts | 2 |" in text and "| energy, kWh (" in text
     assert "| best | checkpoints/step_" in (run / "README.md").read_text()
 
 
