@@ -201,10 +201,12 @@ class SourceCodeSource(FilesBase):
 Preset = Literal[
     "wikitext_103_raw",
     "c4_en",
+    "pile_uncopyrighted",
     "zyda_2",
     "codeparrot_clean_train",
     "codeparrot_clean_valid",
     "fineweb",
+    "code_instructions_120k",
     "the_stack",
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_pipeline.config import Weights
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
@@ -141,3 +142,16 @@ def test_a_twin_trains_for_a_minute_on_the_quickstart_data(name: str) -> None:
     assert recipe.parallel.ep_size == 2 and check_topology(recipe, 2, zero_stage=1) == 1
     window = recipe.model.attention.sliding_window
     assert window is None or window < recipe.train.sequence_length  # so that it hides something
+
+
+def test_peer_and_mla_train_on_the_published_mixture_and_are_evaluated_as_published() -> None:
+    recipe = load_recipe("peer_mla_16b")
+    assert recipe.data.streaming and isinstance(recipe.data.mixture, Weights)
+    assert recipe.data.mixture.weights == {"pile": 0.7, "c4": 0.2, "code_alpaca": 0.1}
+    assert recipe.data.named_sources.keys() == recipe.data.mixture.weights.keys()
+    evaluation = recipe.evaluation
+    assert evaluation is not None and evaluation.interval_steps == 2000
+    assert evaluation.tasks == ["hellaswag", "mmlu", "truthfulqa", "gsm8k", "humaneval"]
+    # Counts of experts every 1,000 steps; hot is more than 5 times the mean.
+    assert recipe.logging.usage_interval_steps == 1000
+    assert recipe.logging.hot_expert_factor == 5.0
