@@ -206,6 +206,7 @@ Preset = Literal[
     "codeparrot_clean_train",
     "codeparrot_clean_valid",
     "fineweb",
+    "open_web_math",
     "code_instructions_120k",
     "the_stack",
 ]

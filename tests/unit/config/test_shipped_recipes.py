@@ -64,9 +64,9 @@ def differences(small: Recipe, real: Recipe) -> list[str]:
 
 
 def test_published_models_and_their_twins_are_there() -> None:
-    assert {"debug", "quickstart", "moe_1b"} | PHASED | set(PUBLISHED) | set(SMALL_RECIPES) == set(
-        NAMES
-    )
+    assert {"debug", "quickstart", "moe_1b", "peer_mla_mixes"} | PHASED | set(PUBLISHED) | set(
+        SMALL_RECIPES
+    ) == set(NAMES)
     assert set(PUBLISHED) == {
         "h64lm", "h64lm_tied", "khanh_692m", "fastgpt_moe", "p828_60m", "p828_800m",
         "p828_800m_as_written", "mixtral_8x7b", "olmoe_1b_7b",
