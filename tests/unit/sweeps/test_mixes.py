@@ -21,7 +21,9 @@ MIXES = {"web": {"web": 0.8, "code": 0.2}, "balanced": {"web": 1, "code": 1}}
 
 def write(folder: Path, content: object) -> str:
     path = folder / "mixes.yaml"
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    path.write_text(
+        content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    )
     return str(path)
 
 
