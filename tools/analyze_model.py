@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Sizes a recipe's model before it is built: parameters by component, FLOPs, memory, cache."""
+"""Sizes a recipe's model before it is built: parameters, number formats, FLOPs, memory, cache."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -25,15 +26,18 @@ from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.figures import save_figure
 from pretrain.core.registry import kind_name
 from pretrain.core.shipped import recipe_names
+from pretrain.engine.part_precision import PartPrecision, part_precisions
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
 from pretrain.optim.config import Optimizer
 from pretrain.run.capacity import check_world_size
 from pretrain.run.memory import activation_bytes, state_bytes_per_rank
+from pretrain.run.plan_report import formats_table
 
 EXAMPLES = """\
   python tools/analyze_model.py --recipe h64lm
   python tools/analyze_model.py --recipe olmoe_1b_7b --world-size 64 --set train.micro_batch_size=1
+  python tools/analyze_model.py --recipe peer_mla_16b --set train.precision=fp8
   python tools/analyze_model.py --recipe gpt_oss_20b --plot sizes.png --json -"""
 ZERO_STAGES = (0, 1, 2, 3)
 CACHE_WIDTH = 2  # bytes of a cached element: bf16
@@ -63,6 +67,7 @@ class Analysis(TypedDict):
     train_tokens: int | None
     train_flops: float | None
     precision: str
+    number_formats: list[dict[str, Any]]
     world_size: int
     ep_size: int
     optimizer: str
@@ -174,6 +179,7 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
         "train_tokens": None if timeline is None else timeline.num_tokens,
         "train_flops": None if timeline is None else train_flops(model, timeline),
         "precision": precision,
+        "number_formats": [asdict(part) for part in part_precisions(model, precision)],
         "world_size": world_size,
         "ep_size": recipe.parallel.ep_size,
         "optimizer": recipe.optimizer.kind,
@@ -186,7 +192,7 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
 
 
 def print_tables(result: Analysis) -> None:
-    """Prints kinds, parameters by component, costs, and memory by layout."""
+    """Prints kinds, parameters by component, number formats, costs, and memory by layout."""
     console = Console()
     parts = Table(
         "component", "parameters", "of all", "active", title=f"{result['recipe']}: parameters"
@@ -216,7 +222,8 @@ def print_tables(result: Analysis) -> None:
     state = Table("ZeRO", *(f"ep_size {ep}" for ep in ep_sizes), title=title)
     for stage, layouts in memory.items():
         state.add_row(stage, *(f"{layout['total'] / 1e9:.2f} GB" for layout in layouts.values()))
-    for table in (kinds, parts, costs, state):
+    formats = formats_table(PartPrecision(**part) for part in result["number_formats"])
+    for table in (kinds, parts, formats, costs, state):
         console.print(table)
 
 

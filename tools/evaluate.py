@@ -35,6 +35,7 @@ from pretrain.evaluation.heldout.lengths_plot import lengths_figure
 from pretrain.evaluation.human.command import add_human, asks_for_humans, run_human
 from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
 from pretrain.evaluation.result import EvaluationResult
+from pretrain.evaluation.tasks.harness import check_tasks
 from pretrain.evaluation.tasks.suite import CodeOptions, HeldoutOptions, Suite, TaskOptions
 from pretrain.evaluation.watch import Parent, watch
 from pretrain.export.hf_files import is_hf_folder
@@ -417,6 +418,9 @@ def main() -> None:
         return
     # A training that runs in parallel has priority.
     os.nice(10 if arguments.parent is not None else 0)
+    # Not only when the first checkpoint is there.
+    if arguments.tasks:
+        check_tasks(arguments.tasks.split(","), arguments.include_path)
     parent = None if arguments.parent is None else Parent(*arguments.parent)
     count = watch(arguments.watch, suite.run, arguments.interval_steps, parent)
     if arguments.json_path != "-":

@@ -16,6 +16,8 @@ from pretrain.core.cli import command_parser
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.sweeps.axes import read_axes_file
 from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
+from pretrain.sweeps.mixes import AXIS as DATA_MIX
+from pretrain.sweeps.mixes import read_custom_datasets
 from pretrain.sweeps.study import Design
 
 EXAMPLES = f"""\
@@ -24,14 +26,17 @@ EXAMPLES = f"""\
       --ranks 2 --output ablations/grid --slots 2
   python tools/run_ablations.py peer_mla --axes product heads_by_top_k --tokens 5000000000 \\
       --ranks 8 --output ablations/peer --slurm
+  python tools/run_ablations.py peer_mla_mini --output ablations/mini
+  python tools/run_ablations.py --recipe my_recipe.yaml --custom-datasets my_mixes.yaml \\
+      --axes data_mix --gpus 2 --output ablations/mixes
   python tools/run_ablations.py my_axes.yaml --recipe my_recipe.yaml --seeds 1 2 3 \\
       --output ablations/mine
   python tools/run_ablations.py --output ablations/moe
 
-An axes file has 'base:', a recipe, and 'axes:'; of each axis every value is a set of fields. Data
-mixtures are fields like others:
-  mixture: {{web: {{data.mixture: {{kind: weights, weights: {{web: 0.8, code: 0.2}}}}}},
-            code: {{data.mixture: ...}}}}
+An axes file has 'base:', a recipe, and 'axes:'; of each axis every value is a set of fields. A file
+of data sets has 'data:', fields of the recipe's data section, and 'mixes:', named mixtures:
+  data: {{corpora: {{web: data/web, code: data/code}}}}
+  mixes: {{web: {{web: 0.8, code: 0.2}}, balanced: {{web: 0.5, code: 0.5}}}}
 {EXIT_CODES}"""
 
 
@@ -53,29 +58,41 @@ def parse_arguments() -> argparse.Namespace:
         choices=("each", "grid"),
         help="one axis at a time, or every combination (default: each)",
     )
+    parser.add_argument(
+        "--custom-datasets",
+        metavar="FILE",
+        help="data sets of every run, and their mixtures as the axis data_mix (replaces the file's)",
+    )
     add_sweep_options(parser)
     return parser.parse_args()
 
 
 def design(options: argparse.Namespace) -> Design | None:
     """The ablation that the options describe; None if only the folder is given."""
-    if options.file is None:
+    custom = options.custom_datasets
+    if options.file is None and custom is None:
         if options.recipe or options.axes:
             raise ConfigError(
                 "an ablation needs a file of axes: name one of pretrain/recipes/axes/, or give a"
                 " path"
             )
         return None
-    base, axes = read_axes_file(options.file)
+    base, axes = read_axes_file(options.file) if options.file else (None, {})
+    if custom is not None:
+        overrides, axes[DATA_MIX] = read_custom_datasets(custom)
+        # What is given on the command line comes later, and counts.
+        options.overrides = [*overrides, *(options.overrides or [])]
     recipe = options.recipe or base
     if recipe is None:
         raise ConfigError(
             f"{options.file} names no base recipe: add 'base:' to it, or give --recipe"
+            if options.file
+            else "an ablation of data mixtures needs a recipe: give --recipe, or a file of axes"
         )
     for name in options.axes or []:
         if name not in axes:
             raise ConfigError(
-                f"{options.file} has no axis '{name}': it has {', '.join(map(str, axes))}"
+                f"{options.file or custom} has no axis '{name}': it has {', '.join(map(str, axes))}"
             )
     chosen = {name: spec for name, spec in axes.items() if not options.axes or name in options.axes}
     return design_from(options, "ablation", recipe, chosen, options.mode or "each")

@@ -201,10 +201,13 @@ class SourceCodeSource(FilesBase):
 Preset = Literal[
     "wikitext_103_raw",
     "c4_en",
+    "pile_uncopyrighted",
     "zyda_2",
     "codeparrot_clean_train",
     "codeparrot_clean_valid",
     "fineweb",
+    "open_web_math",
+    "code_instructions_120k",
     "the_stack",
 ]
 

@@ -75,10 +75,10 @@ def make_callbacks(
     # Those of plugins come after the files, which they may read.
     run = CallbackRun(folder, recipe, world_size)
     added = [section.implementing_class()(section, run) for section in recipe.callbacks]
-    return [*callbacks, *added, *make_trackers(recipe)]
+    return [*callbacks, *added, *make_trackers(recipe, checkpoints)]
 
 
-def make_trackers(recipe: Recipe) -> list[Callback]:
+def make_trackers(recipe: Recipe, checkpoints: Path) -> list[Callback]:
     """Make one callback for each of the recipe's trackers whose package is installed."""
     section = recipe.trackers
     if section is None:
@@ -91,10 +91,11 @@ def make_trackers(recipe: Recipe) -> list[Callback]:
         group=section.group,
         tags=section.tags,
         config=recipe.model_dump(mode="json"),
+        hot_factor=recipe.logging.hot_expert_factor,
     )
     kinds = kinds_by_name(TrackerKind)
     return [
-        Tracking(kinds[kind].implementing_class()(), run, KEPT_FILES)
+        Tracking(kinds[kind].implementing_class()(), run, KEPT_FILES, checkpoints)
         for kind in dict.fromkeys(section.kinds)
         if _is_installed(kinds[kind].module)
     ]

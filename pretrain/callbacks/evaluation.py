@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.callbacks.base import Callback, Summary
+from tqdm import tqdm
+
+from pretrain.callbacks.base import Callback, MetricsRecord, Summary
 from pretrain.config.recipe import CodeEvaluation, EvaluationConfig
 from pretrain.core.plugins import plugin_arguments
 from pretrain.core.shipped import TOOLS
@@ -92,6 +94,7 @@ class ContinuousEvaluation(Callback):
         self.process: subprocess.Popen[bytes] | None = None
         self.step = 0
         self.num_steps = 0
+        self._reported = False
 
     def on_start(self, step: int, num_steps: int) -> None:
         """Start the process."""
@@ -106,6 +109,11 @@ class ContinuousEvaluation(Callback):
     def on_step(self, step: int) -> None:
         """Remember the step."""
         self.step = step
+
+    def on_record(self, record: MetricsRecord) -> None:
+        """Report at once if the process has failed: at the end it would be too late."""
+        if self.process is not None and (code := self.process.poll()):
+            self._report(code)
 
     def on_early_end(self, step: int) -> None:
         """Take ``step`` for the last one."""
@@ -127,13 +135,22 @@ class ContinuousEvaluation(Callback):
             self._stop()
             return
         if code:
-            log = self.run / LOG
-            logger.warning(
-                "the evaluation of checkpoints ended with exit code %d: see %s", code, log
-            )
+            self._report(code)
+
+    def _report(self, code: int) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        sentence = (
+            f"the evaluation of checkpoints ended with exit code {code}: see {self.run / LOG}"
+        )
+        logger.warning(sentence)
+        # tqdm.write keeps the progress bar whole.
+        tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
     def _watch_from(self, step: int) -> None:
         self.step = step
+        self._reported = False
         forget_after(self.run, step)
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)

@@ -1,12 +1,13 @@
 """Expert usage on disk and in pictures.
 
-A file of counts for each window; in TensorBoard one heat map and one histogram for the whole model,
-however many layers and experts it has.
+A file of counts for each window; in TensorBoard and in trackers one heat map and one histogram for
+the whole model, however many layers and experts it has.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,40 @@ if TYPE_CHECKING:
 
 PICTURE_SIDE = 512  # pixels, or a little more
 HISTOGRAM_BINS = 64
+HISTOGRAM = "usage/log2_1_plus_load"
+HEAT_MAP = "usage/load_by_layer"
+
+
+@dataclass(frozen=True)
+class UsageFigures:
+    """A window of expert usage in pictures, for trackers.
+
+    Attributes:
+        counts, edges: int64 [bins] and float64 [bins + 1], the histogram of log2(1 + load) over
+            all experts of all layers.
+        heat_map: uint8 [height, width, RGB], see :func:`heat_map`.
+    """
+
+    step: int
+    counts: NDArray[np.int64]
+    edges: Numbers
+    heat_map: NDArray[np.uint8]
+
+
+def usage_figures(window: UsageWindow, hot_factor: float) -> UsageFigures:
+    """Draw a window.
+
+    Args:
+        hot_factor: the load that is brightest in the heat map, in multiples of the mean.
+    """
+    counts, edges = np.histogram(_log_loads(window), bins=HISTOGRAM_BINS)
+    picture = heat_map(load_map(window.counts_LE, window.layers), hot_factor)
+    return UsageFigures(window.step, counts.astype(np.int64), edges, picture)
+
+
+def _log_loads(window: UsageWindow) -> Numbers:
+    """Loads in multiples of the layer's mean, which compare between any numbers of experts."""
+    return log_load(window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True))
 
 
 def heat_map(loads: Numbers, hot_factor: float) -> NDArray[np.uint8]:
@@ -83,10 +118,6 @@ class ExpertUsage(Callback):
         save_window(self.folder, window)
         if self.writer is None:
             return
-        # Multiples of the layer's mean, which compare between models of any number of experts.
-        loads_LE = window.counts_LE / window.counts_LE.mean(axis=1, keepdims=True)
-        self.writer.add_histogram(
-            "usage/log2_1_plus_load", log_load(loads_LE), window.step, bins=HISTOGRAM_BINS
-        )
+        self.writer.add_histogram(HISTOGRAM, _log_loads(window), window.step, bins=HISTOGRAM_BINS)
         picture = heat_map(load_map(window.counts_LE, window.layers), self.hot_factor)
-        self.writer.add_image("usage/load_by_layer", picture, window.step, dataformats="HWC")
+        self.writer.add_image(HEAT_MAP, picture, window.step, dataformats="HWC")

@@ -13,13 +13,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from tqdm import tqdm
 
+from pretrain.analysis.expert_usage import UsageWindow
 from pretrain.callbacks.base import Callback, MetricsRecord, Summary
 from pretrain.callbacks.events import Events, events_of
+from pretrain.callbacks.expert_usage import UsageFigures, usage_figures
+from pretrain.callbacks.references import CheckpointReference, CheckpointWatch
 from pretrain.core.credentials import redact
 from pretrain.core.files import JsonObject, write_synced
 
@@ -40,6 +44,8 @@ class TrackedRun:
     Attributes:
         folder: of the run; whatever a tracker keeps on disk is in it.
         config: the resolved recipe.
+        hot_factor: the load that is brightest in pictures of expert usage, in multiples of the
+            mean.
     """
 
     folder: Path
@@ -48,6 +54,7 @@ class TrackedRun:
     group: str | None
     tags: Sequence[str]
     config: JsonObject
+    hot_factor: float = 5.0
 
 
 class Tracker(ABC):
@@ -65,6 +72,15 @@ class Tracker(ABC):
     @abstractmethod
     def log(self, events: Events, step: int) -> None:
         """Send the values of one step. After a resume, steps may come a second time."""
+
+    def log_usage(self, figures: UsageFigures) -> None:  # noqa: B027 - not all services draw
+        """Send the pictures of a window of expert usage."""
+
+    def log_checkpoint(self, checkpoint: CheckpointReference) -> None:  # noqa: B027 - as above
+        """Refer to a published checkpoint, which stays where it is.
+
+        A checkpoint comes again if it gets a further name, and after a resume.
+        """
 
     @abstractmethod
     def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
@@ -90,12 +106,16 @@ class Tracking(Callback):
 
     Args:
         files: names in the run's folder that the tracker keeps when the run ends.
+        checkpoints: the folder of those that the tracker refers to.
     """
 
-    def __init__(self, tracker: Tracker, run: TrackedRun, files: Sequence[str]) -> None:
+    def __init__(
+        self, tracker: Tracker, run: TrackedRun, files: Sequence[str], checkpoints: Path
+    ) -> None:
         self.tracker = tracker
         self.run = run
         self.files = files
+        self._checkpoints = CheckpointWatch(checkpoints)
         # None ends the thread.
         self._actions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failed = threading.Event()
@@ -114,8 +134,17 @@ class Tracking(Callback):
         self._actions.put(self._start)
 
     def on_step(self, step: int) -> None:
-        """Remember the step."""
+        """Remember the step, and refer to what was saved since the last one."""
         self._step = step
+        self._refer()
+
+    def on_usage(self, window: UsageWindow) -> None:
+        """Have the window drawn and sent."""
+        if not self._failed.is_set():
+            # Drawn in the thread: of millions of experts it takes a second.
+            self._actions.put(
+                lambda: self.tracker.log_usage(usage_figures(window, self.run.hot_factor))
+            )
 
     def on_record(self, record: MetricsRecord) -> None:
         """Have the record sent."""
@@ -144,9 +173,18 @@ class Tracking(Callback):
             if ids.get(kind) != run_id:
                 write_synced(path, (json.dumps(ids | {kind: run_id}, indent=2) + "\n").encode())
 
+    def _refer(self) -> None:
+        """Have references to new checkpoints sent."""
+        if self._failed.is_set():
+            return
+        for checkpoint in self._checkpoints.new():
+            # Bound now: the loop's variable has moved on when the thread gets there.
+            self._actions.put(partial(self.tracker.log_checkpoint, checkpoint))
+
     def _finish(self, status: Status, summary: Summary) -> None:
         if not self._thread.is_alive():
             return
+        self._refer()
         paths = [self.run.folder / name for name in self.files]
         files = [path for path in paths if path.is_file()]
         # Behind all records that still wait.

@@ -21,6 +21,7 @@ class Accelerator:
         fp32_flops: peak of fp32 without TF32, which torch does not use unless asked.
         memory_bytes: of one GPU.
         source: the data sheet.
+        capability: compute capability; None if it is no NVIDIA GPU.
         has_fp8: whether torch multiplies matrices in fp8 on it (compute capability 8.9 or later).
     """
 
@@ -30,6 +31,7 @@ class Accelerator:
     fp32_flops: float
     memory_bytes: float
     source: str
+    capability: tuple[int, int] | None = None
     has_fp8: bool = True
 
     def peak_flops(self, precision: str) -> float:
@@ -41,21 +43,46 @@ class Accelerator:
 OTHER_VARIANTS = {"PCIe", "PCIE", "NVL", "Laptop", "MIG"}
 ACCELERATORS = (
     Accelerator(
-        "A100", "A100", 312e12, 19.5e12, 80e9, "NVIDIA A100 data sheet, SXM 80 GB", has_fp8=False
+        "A100",
+        "A100",
+        312e12,
+        19.5e12,
+        80e9,
+        "NVIDIA A100 data sheet, SXM 80 GB",
+        (8, 0),
+        has_fp8=False,
     ),
     Accelerator(
-        "A100-40GB", None, 312e12, 19.5e12, 40e9, "NVIDIA A100 data sheet, 40 GB", has_fp8=False
+        "A100-40GB",
+        None,
+        312e12,
+        19.5e12,
+        40e9,
+        "NVIDIA A100 data sheet, 40 GB",
+        (8, 0),
+        has_fp8=False,
     ),
     Accelerator(
-        "A800", "A800", 312e12, 19.5e12, 80e9, "NVIDIA A800 data sheet, 80 GB", has_fp8=False
+        "A800",
+        "A800",
+        312e12,
+        19.5e12,
+        80e9,
+        "NVIDIA A800 data sheet, 80 GB",
+        (8, 0),
+        has_fp8=False,
     ),
-    Accelerator("H100", "H100", 989e12, 67e12, 80e9, "NVIDIA H100 data sheet, SXM"),
-    Accelerator("H800", "H800", 989e12, 67e12, 80e9, "NVIDIA H800 data sheet, SXM"),
-    Accelerator("H200", "H200", 989e12, 67e12, 141e9, "NVIDIA H200 data sheet, SXM"),
-    Accelerator("B200", "B200", 2250e12, 75e12, 180e9, "NVIDIA HGX B200 data sheet, an eighth"),
-    Accelerator("L40S", "L40S", 362e12, 91.6e12, 48e9, "NVIDIA L40S data sheet"),
-    Accelerator("L4", "L4", 121e12, 30.3e12, 24e9, "NVIDIA L4 data sheet"),
-    Accelerator("RTX 4090", "4090", 165e12, 82.6e12, 24e9, "NVIDIA Ada architecture whitepaper"),
+    Accelerator("H100", "H100", 989e12, 67e12, 80e9, "NVIDIA H100 data sheet, SXM", (9, 0)),
+    Accelerator("H800", "H800", 989e12, 67e12, 80e9, "NVIDIA H800 data sheet, SXM", (9, 0)),
+    Accelerator("H200", "H200", 989e12, 67e12, 141e9, "NVIDIA H200 data sheet, SXM", (9, 0)),
+    Accelerator(
+        "B200", "B200", 2250e12, 75e12, 180e9, "NVIDIA HGX B200 data sheet, an eighth", (10, 0)
+    ),
+    Accelerator("L40S", "L40S", 362e12, 91.6e12, 48e9, "NVIDIA L40S data sheet", (8, 9)),
+    Accelerator("L4", "L4", 121e12, 30.3e12, 24e9, "NVIDIA L4 data sheet", (8, 9)),
+    Accelerator(
+        "RTX 4090", "4090", 165e12, 82.6e12, 24e9, "NVIDIA Ada architecture whitepaper", (8, 9)
+    ),
     Accelerator("MI300X", "MI300X", 1307e12, 163e12, 192e9, "AMD Instinct MI300X data sheet"),
 )
 

@@ -55,6 +55,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
         zero_stage=zero_stage,
         world_size=world_size,
         choose_precision=hardware.choose_precision,
+        check_kernel=hardware.check_kernel,
         datasets=datasets,
     )
     # Of another machine only so much is known: it is no larger than the largest there is.

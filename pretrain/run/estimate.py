@@ -18,6 +18,8 @@ from pretrain.core.accelerators import (
 )
 from pretrain.core.errors import ConfigError
 from pretrain.engine.precision import resolve_precision
+from pretrain.model.attention.kernels.base import check_kernel_here
+from pretrain.model.attention.kernels.config import kernel_section
 
 # Mixtures of experts lose more to communication and small matrix products than dense models, which
 # reach 0.4 to 0.5 on large clusters.
@@ -52,6 +54,21 @@ class Hardware:
         if wanted == "fp8" and not self.gpu.has_fp8:
             raise ConfigError(f"train.precision=fp8: {self.gpu.name} has no fp8 matrix products")
         return "bf16" if wanted == "auto" else wanted
+
+    def check_kernel(self, name: str) -> None:
+        """Check that an attention kernel that is for certain GPUs runs on this one.
+
+        Raises:
+            ConfigError: if it does not.
+        """
+        if self.gpu is None:
+            check_kernel_here(name)
+        elif (needed := kernel_section(name).capability) not in (None, self.gpu.capability):
+            raise ConfigError(
+                f"model.attention.kernel={name} needs a GPU of compute capability"
+                f" {'.'.join(map(str, needed or ()))}, and {self.gpu.name} has another: use --set"
+                " model.attention.kernel=sdpa"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pretrain.checkpoint.weights_only import tensor_shapes
 from pretrain.config.recipe import Recipe, TrainConfig
 from pretrain.config.timeline import Timeline
 from pretrain.core.files import JsonObject
+from pretrain.engine.part_precision import PartPrecision, part_precisions
 from pretrain.model.sizes import ModelSize, model_size
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.run.estimate import Estimate, Hardware, estimate_time
@@ -50,6 +51,7 @@ class Plan:
         activation_bytes: on one rank, in the phase that needs most.
         phases: empty for a run without phases.
         weight_notes: in what ``initial_weights`` differ from the recipe.
+        formats: in which number format each part computes.
         has_length: false if the recipe gives its length in epochs, and there are no data to count
             them in; then steps, tokens, time and phases are not known.
     """
@@ -63,6 +65,7 @@ class Plan:
     estimate: Estimate
     phases: list[PhasePlan]
     weight_notes: list[str]
+    formats: list[PartPrecision]
     has_length: bool = True
 
     @property
@@ -81,6 +84,7 @@ class Plan:
             "world_size": config.world_size,
             "zero_stage": config.zero_stage,
             "precision": config.recipe.train.precision,
+            "number_formats": [asdict(part) for part in self.formats],
             "parameters_total": size.parameters_total,
             "parameters_active": size.parameters_active,
             "parameters_padding": size.parameters_padding,
@@ -147,6 +151,7 @@ def make_plan(
         estimate=estimate,
         phases=plan_phases(recipe, timeline, config.world_size),
         weight_notes=list(weight_notes),
+        formats=part_precisions(recipe.model, precision),
     )
 
 

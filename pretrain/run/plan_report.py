@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 
 from pretrain.config.load import recipe_to_yaml
+from pretrain.engine.part_precision import PartPrecision
 from pretrain.run.estimate import duration
 from pretrain.run.plan import PhasePlan, Plan
 
@@ -23,10 +25,21 @@ def print_plan(plan: Plan) -> None:
     for name, value in _plan_lines(plan).items():
         table.add_row(name, value)
     console.print(table)
+    # In the other formats all parts but routers are in the one that the recipe names.
+    if plan.config.recipe.train.precision == "fp8":
+        console.print(formats_table(plan.formats))
     for note in plan.weight_notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if plan.phases:
         console.print(_phase_table(plan.phases))
+
+
+def formats_table(parts: Iterable[PartPrecision]) -> Table:
+    """Return a table of the format that each part computes in."""
+    table = Table("part", "computes in", "parameters", "why", title="number formats")
+    for part in parts:
+        table.add_row(part.part, part.precision, f"{part.parameters:,}", part.reason)
+    return table
 
 
 def _plan_lines(plan: Plan) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pretrain.config.timeline import Timeline
 from pretrain.core.errors import DataError
 from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config import resolve_ds_config
+from pretrain.model.attention.kernels.base import check_kernel_here
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def resolve_config(
     zero_stage: int,
     world_size: int,
     choose_precision: Callable[[str], str],
+    check_kernel: Callable[[str], None] = check_kernel_here,
     datasets: Datasets | None,
 ) -> ResolvedConfig:
     """Resolve recipe and ds_config; nothing is started.
@@ -48,6 +50,7 @@ def resolve_config(
         origin: of the ds_config, for sentences.
         zero_stage: of the ds_config.
         choose_precision: returns the number format for ``train.precision``, which may be "auto".
+        check_kernel: raises a ConfigError if the attention kernel of this name cannot run there.
         datasets: None before there are data.
 
     Raises:
@@ -58,6 +61,7 @@ def resolve_config(
     # Batch sizes need the ranks, the ds_config needs both and the number format.
     accumulation = check_topology(recipe, world_size, zero_stage)
     precision = choose_precision(recipe.train.precision)
+    check_kernel(recipe.model.attention.kernel)
     recipe = resolve_recipe(recipe, precision, datasets)
     if datasets is not None:
         recipe = with_epoch_samples(recipe, datasets)

@@ -8,6 +8,8 @@ launch.py     one run's command line
 runner.py     runs in parallel, resumable
 progress.py   the progress bar
 slurm.py      the same as an array of jobs
+mixes.py      mixtures of the user's own data sets as an axis
+benchmarks.py scores of the harness's tasks
 results.py    table and ranking as records
 report.py     the same as CSV and Markdown
 plots.py      the same as plots

@@ -48,6 +48,7 @@ DESIGN_OPTIONS = (
     "search_seed",
     "prune",
     "mode",
+    "custom_datasets",
 )
 EXIT_CODES = """
 The same command again, or --output alone, resumes a sweep: finished runs are not started again,
@@ -96,9 +97,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ranks",
+        "--gpus",
         type=int,
         metavar="N",
-        help="processes of a run; above 1 by the deepspeed launcher (default: 1)",
+        help="processes of a run, one a GPU; above 1 by the deepspeed launcher (default: 1)",
     )
     parser.add_argument(
         "--ds_config",
@@ -124,6 +126,11 @@ def _add_execution_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="start other runs after one has failed",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="only continue what is in the folder: without it, the same command begins or continues",
     )
     parser.add_argument("--retry-failed", action="store_true", help="start failed runs once more")
     parser.add_argument(
@@ -209,6 +216,10 @@ def run_sweep(options: argparse.Namespace, design: Design | None, tool: Path) ->
         raise ConfigError(f"--slots {options.slots} must be at least 1")
     output = options.output.resolve()
     found = open_study(output)
+    if options.resume and found is None:
+        raise ConfigError(
+            f"--resume: {options.output} holds no sweep to continue: leave --resume out to begin one"
+        )
     study = (
         _found_alone(options, found)
         if design is None

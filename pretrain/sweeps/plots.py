@@ -88,6 +88,39 @@ def draw_sizes(ranked: Sequence[GroupResult], sizes: Sequence[float], label: str
     return _saved(figure)
 
 
+def draw_scores(ranked: Sequence[GroupResult], scores: Sequence[float], label: str) -> bytes:
+    """A score of a benchmark against all parameters, with the line of the best up to each size.
+
+    Args:
+        scores: of each entry of ``ranked``, more is better; the y axis, called ``label``.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    sizes = [entry.parameters_total for entry in ranked]
+    axes.plot(sizes, scores, "o", markersize=5)
+    # The front of the negated scores: there, less is better.
+    front = [(size, -value) for size, value in _front([(x, -y) for x, y in zip(sizes, scores)])]
+    axes.plot(
+        *zip(*front, strict=True),
+        color="tab:gray",
+        linewidth=0.8,
+        linestyle="--",
+        drawstyle="steps-post",
+        label="best up to this size",
+    )
+    if len(ranked) <= NAMED_POINTS:
+        for entry, size, value in zip(ranked, sizes, scores, strict=True):
+            axes.annotate(
+                entry.point, (size, value), textcoords="offset points", xytext=(5, 4), fontsize=7
+            )
+    if max(sizes) > 1.5 * min(sizes):
+        axes.set_xscale("log")
+    axes.set(xlabel="parameters", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _saved(figure)
+
+
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The (size, perplexity) pairs that are better than every smaller one, by size."""
     front: list[tuple[float, float]] = []

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from pretrain.config.next_command import training_command
 from pretrain.core.files import write_synced
-from pretrain.sweeps.axes import BASE, Axis, short_names
-from pretrain.sweeps.plots import draw_axes, draw_sizes
+from pretrain.sweeps.axes import BASE, Axis, file_name, short_names
+from pretrain.sweeps.benchmarks import FORMULA, sweep_tasks
+from pretrain.sweeps.plots import draw_axes, draw_scores, draw_sizes
 from pretrain.sweeps.results import (
     GroupResult,
     PointRow,
@@ -37,6 +38,7 @@ COLUMNS = (
 )
 AXIS_COLUMNS = ("perplexity", "validation loss", "runs", "against base", "parameters", "share")
 UNFINISHED = ("failed", "refused", "pruned", "interrupted", "running", "waiting")
+COMBINED = "combined_score"
 PLOTS = ("params_vs_perplexity", "active_ratio_vs_perplexity", "axes_vs_perplexity")
 
 
@@ -63,10 +65,30 @@ def write_report(study: Study) -> dict[str, Path]:
             draw_sizes(ranked, [entry.active_share for entry in ranked], "active / all parameters"),
             draw_axes(finished_groups(study), study.design.parsed_axes(), against_base),
         )
-        for name, picture in zip(PLOTS, drawn, strict=True):
+        pictures = dict(zip(PLOTS, drawn, strict=True)) | score_pictures(study, ranked)
+        for name, picture in pictures.items():
             paths[name] = output / f"{name}.png"
             write_synced(paths[name], picture)
     return paths
+
+
+def score_pictures(study: Study, ranked: list[GroupResult]) -> dict[str, bytes]:
+    """A plot for each task that any point has a score of, and one of the combined score."""
+    pictures = {}
+    for task in sweep_tasks(study.design.base):
+        entries = [entry for entry in ranked if task in entry.scores]
+        if entries:
+            scores = [entry.scores[task] for entry in entries]
+            pictures[_score_plot(task)] = draw_scores(entries, scores, f"score of {task}")
+    whole = [(entry, entry.combined_score) for entry in ranked if entry.combined_score is not None]
+    if whole:
+        entries, combined = [entry for entry, _ in whole], [score for _, score in whole]
+        pictures[_score_plot(COMBINED)] = draw_scores(entries, combined, "combined score")
+    return pictures
+
+
+def _score_plot(task: str) -> str:
+    return f"total_params_vs_{file_name(task)}"
 
 
 def _loss_text(entry: GroupResult) -> str:
@@ -130,14 +152,40 @@ def markdown(study: Study, rows: list[PointRow], ranked: list[GroupResult]) -> s
     if ranked:
         parts += ["## Ranking", _markdown_table(COLUMNS, [_cells(entry) for entry in ranked])]
         parts.append(f"The best one: `{_command_of(study, ranked[0])}`")
+    tasks = sweep_tasks(study.design.base)
+    scored = [entry for entry in ranked if entry.scores]
+    if scored:
+        parts += ["## Benchmarks", _score_table(tasks, scored), FORMULA]
     if study.design.search == "each":
         parts += _axis_sections(study)
     if unfinished := _unfinished_cells(study, rows):
         columns = ("point", "state", "exit code", "why")
         parts += ["## Not finished", _markdown_table(columns, unfinished)]
     if ranked:
-        parts += ["## Pictures", *(f"![{name}]({name}.png)" for name in PLOTS)]
+        named = [*PLOTS, *(_score_plot(task) for task in tasks if _any_score(scored, task))]
+        if any(entry.combined_score is not None for entry in scored):
+            named.append(_score_plot(COMBINED))
+        parts += ["## Pictures", *(f"![{name}]({name}.png)" for name in named)]
     return "\n\n".join(parts) + "\n"
+
+
+def _any_score(entries: list[GroupResult], task: str) -> bool:
+    return any(task in entry.scores for entry in entries)
+
+
+def _score_table(tasks: list[str], entries: list[GroupResult]) -> str:
+    """A row for each point, the best combined score first."""
+
+    def shown(score: float | None) -> str:
+        return "" if score is None else f"{score:.4f}"
+
+    best_first = sorted(entries, key=lambda entry: -(entry.combined_score or 0.0))
+    rows = [
+        [_point_text(entry), shown(entry.combined_score)]
+        + [shown(entry.scores.get(task)) for task in tasks]
+        for entry in best_first
+    ]
+    return _markdown_table(("point", "combined score", *tasks), rows)
 
 
 def _setup(study: Study, ranked: list[GroupResult]) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from pretrain.sweeps.axes import Point, short_names
+from pretrain.sweeps.benchmarks import combined_score, sweep_tasks, task_scores
 from pretrain.sweeps.study import Record, RunResult, State, Study
 
 
@@ -21,6 +22,8 @@ class PointRow:
         group: the point's name without its seed.
         axes: the value of each axis, by the name of its column; None if the axis is not varied.
         validation_loss: nats a token over the whole validation split.
+        scores: of each task that the base recipe's ``evaluation`` names, from 0 to 1.
+        combined_score: see :data:`pretrain.sweeps.benchmarks.FORMULA`.
         attempts: how many times the run was started.
         exit_code: of the last attempt.
     """
@@ -33,6 +36,8 @@ class PointRow:
     axes: dict[str, str | None]
     validation_loss: float | None
     perplexity: float | None
+    scores: dict[str, float | None]
+    combined_score: float | None
     parameters_total: int | None
     parameters_active: int | None
     active_share: float | None
@@ -46,10 +51,13 @@ class PointRow:
     overrides: str
 
     def to_dict(self) -> dict[str, object]:
-        """The row as CSV and JSON have it: each axis is a column, in the place of ``axes``."""
+        """The row as CSV and JSON have it: each axis and each task is a column of its own."""
         columns: dict[str, object] = {}
         for name, value in asdict(self).items():
-            columns |= value if name == "axes" else {name: value}
+            if name == "scores":
+                columns |= {f"score_{task}": score for task, score in value.items()}
+            else:
+                columns |= value if name == "axes" else {name: value}
         return columns
 
 
@@ -65,6 +73,7 @@ class GroupResult:
         values, numbers: the label of each axis, and its number if it has one.
         seeds, seeds_asked: how many have finished, of how many.
         spread: sample standard deviation of the loss; None for a single seed.
+        scores, combined_score: as in :class:`PointRow`; means over the seeds that have them.
         overrides: what sets the point's values, without the seed.
     """
 
@@ -85,6 +94,8 @@ class GroupResult:
     train_tokens: int
     tokens_per_second: float
     overrides: list[str]
+    scores: dict[str, float]
+    combined_score: float | None
 
     @property
     def is_complete(self) -> bool:
@@ -108,6 +119,8 @@ def _row(study: Study, point: Point) -> PointRow:
     result: RunResult | dict[str, None] = record.result or {}
     total = result.get("parameters_total")
     active = result.get("parameters_active")
+    tasks = sweep_tasks(study.design.base)
+    scores = _scores(study, record)
     return PointRow(
         point=point.name,
         run=point.run,
@@ -117,6 +130,8 @@ def _row(study: Study, point: Point) -> PointRow:
         axes={f"axis_{names[axis]}": point.values.get(axis) for axis in study.design.axes},
         validation_loss=record.loss,
         perplexity=None if record.loss is None else math.exp(record.loss),
+        scores={task: scores.get(task) for task in tasks},
+        combined_score=combined_score(scores, tasks),
         parameters_total=total,
         parameters_active=active,
         active_share=active / total if total and active else None,
@@ -166,6 +181,8 @@ def _group(study: Study, name: str, asked: int, members: list[tuple[Point, Recor
     # The record's own point: of points that share a run, it is the one that was started.
     started = members[0][1].point
     mean = statistics.fmean(losses)
+    tasks = sweep_tasks(study.design.base)
+    scores = _mean_scores(study, [record for _, record in members])
     return GroupResult(
         rank=0,
         point=name,
@@ -188,7 +205,26 @@ def _group(study: Study, name: str, asked: int, members: list[tuple[Point, Recor
         overrides=[
             override for override in started.overrides if override != f"seed={started.seed}"
         ],
+        scores=scores,
+        combined_score=combined_score(scores, tasks),
     )
+
+
+def _scores(study: Study, record: Record) -> dict[str, float]:
+    """The scores by task of a run's end; empty if it has not finished, or none were measured."""
+    tasks = sweep_tasks(study.design.base)
+    if not tasks or record.loss is None or not record.result:
+        return {}
+    return task_scores(study.run_folder(record.point.run), tasks, record.result["steps"])
+
+
+def _mean_scores(study: Study, records: list[Record]) -> dict[str, float]:
+    """The mean of each task over the runs that have it."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for task, score in _scores(study, record).items():
+            found.setdefault(task, []).append(score)
+    return {task: statistics.fmean(scores) for task, scores in found.items()}
 
 
 def incomparable(study: Study) -> str | None:

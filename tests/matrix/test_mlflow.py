@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.core.files import file_sha256
 from pretrain.engine.topology import free_port
 from tests.support.package_environment import environment_with
 from tests.support.paths import ROOT
@@ -25,7 +26,8 @@ client = MlflowClient("sqlite:///" + sys.argv[1])
 history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "at_a_glance/1_loss")}
 perplexity = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "validation/perplexity")}
 files = [entry.path for entry in client.list_artifacts(run.info.run_id)]
-found = {"id": run.info.run_id, "status": run.info.status, "params": run.data.params, "tags": run.data.tags, "loss": history, "perplexity": perplexity, "files": files}
+pictures = [entry.path for entry in client.list_artifacts(run.info.run_id, "usage/load_by_layer")]
+found = {"pictures": pictures, "id": run.info.run_id, "status": run.info.status, "params": run.data.params, "tags": run.data.tags, "loss": history, "perplexity": perplexity, "files": files}
 print(json.dumps(found))
 """
 
@@ -53,8 +55,10 @@ def test_mlflow_goes_on_in_the_same_run_with_every_row(
         tmp_path / "run",
         "trackers={kinds: [mlflow], project: project-of-tests, group: a-group, tags: [first-tag]}",
     )
+    every = "logging.usage_interval_steps=2"
     for steps in (2, 4):
-        done = train(tiny.arguments(run, tracked, "parallel.ep_size=1", steps=steps), with_mlflow)
+        arguments = tiny.arguments(run, tracked, every, "parallel.ep_size=1", steps=steps)
+        done = train(arguments, with_mlflow)
         assert done.returncode == 0, done.stderr
     read = subprocess.run(
         [sys.executable, "-c", READ_BACK, str(run / "mlflow.db")],
@@ -82,6 +86,12 @@ def test_mlflow_goes_on_in_the_same_run_with_every_row(
         if row["kind"] == "validation"
     }
     assert {"training_curves.png", "summary.json", "README.md"} <= set(found["files"])
+    assert found["pictures"] == [f"usage/load_by_layer/step_00000{step}.png" for step in (2, 4)]
+    checkpoint = run / "checkpoints" / "step_4"
+    facts = json.loads(found["tags"]["checkpoint.step_4"])
+    assert facts["uri"] == checkpoint.as_uri() and facts["step"] == 4
+    assert facts["manifest_sha256"] == file_sha256(checkpoint / "manifest.json")
+    assert json.loads(found["tags"]["checkpoint.latest"]) == facts
 
 
 def test_a_server_that_does_not_answer_is_told_once_without_its_password(

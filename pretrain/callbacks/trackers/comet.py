@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from pretrain.callbacks.base import Summary
 from pretrain.callbacks.events import Events
+from pretrain.callbacks.expert_usage import HEAT_MAP, HISTOGRAM, UsageFigures
+from pretrain.callbacks.references import CheckpointReference
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
 
 if TYPE_CHECKING:
@@ -72,6 +74,30 @@ class CometTracker(Tracker):
     def log(self, events: Events, step: int) -> None:
         """Send the values of one step."""
         self._experiment.log_metrics(dict(events), step=step)
+
+    def log_usage(self, figures: UsageFigures) -> None:
+        """Send the histogram and the heat map."""
+        from comet_ml.data_structure import Histogram
+        from PIL import Image
+
+        histogram = Histogram()
+        # Comet bins by itself: each of our bins counts at its middle.
+        middles = (figures.edges[:-1] + figures.edges[1:]) / 2
+        histogram.add(middles, figures.counts)
+        self._experiment.log_histogram_3d(histogram, name=HISTOGRAM, step=figures.step)
+        self._experiment.log_image(
+            Image.fromarray(figures.heat_map), name=HEAT_MAP, step=figures.step
+        )
+
+    def log_checkpoint(self, checkpoint: CheckpointReference) -> None:
+        """Log the folder's address and the manifest's hash; nothing is uploaded."""
+        self._experiment.log_remote_asset(
+            checkpoint.uri,
+            remote_file_name=f"checkpoints/{checkpoint.path.name}",
+            asset_type="checkpoint",
+            step=checkpoint.step,
+            metadata={**checkpoint.facts(), "names": ", ".join(checkpoint.names)},
+        )
 
     def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
         """Send summary and files, and end."""

@@ -6,6 +6,7 @@ into the run's folder.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from pretrain.callbacks.base import Summary
 from pretrain.callbacks.events import Events
+from pretrain.callbacks.expert_usage import HEAT_MAP, HISTOGRAM, UsageFigures
+from pretrain.callbacks.references import CheckpointReference
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
 from pretrain.core.files import JsonObject
 
@@ -90,6 +93,23 @@ class MLflowTracker(Tracker):
         metrics = [Metric(tag, value, now, step) for tag, value in events]
         for first in range(0, len(metrics), MAX_METRICS):
             self._client.log_batch(self._id, metrics=metrics[first : first + MAX_METRICS])
+
+    def log_usage(self, figures: UsageFigures) -> None:
+        """Send the heat map as a picture, and the histogram as JSON: MLflow has no histograms."""
+        from PIL import Image
+
+        place = f"step_{figures.step:06d}"
+        self._client.log_image(
+            self._id, Image.fromarray(figures.heat_map), f"{HEAT_MAP}/{place}.png"
+        )
+        histogram = {"counts": figures.counts.tolist(), "edges": figures.edges.tolist()}
+        self._client.log_dict(self._id, histogram, f"{HISTOGRAM}/{place}.json")
+
+    def log_checkpoint(self, checkpoint: CheckpointReference) -> None:
+        """Set a tag of the checkpoint's step, and one of each name that it has."""
+        facts = json.dumps(checkpoint.facts())
+        for name in (checkpoint.path.name, *checkpoint.names):
+            self._client.set_tag(self._id, f"checkpoint.{name}", facts)
 
     def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
         """Send summary and files, and end."""

@@ -16,6 +16,8 @@ import psutil
 
 from pretrain.callbacks.base import Summary
 from pretrain.callbacks.events import Events
+from pretrain.callbacks.expert_usage import HEAT_MAP, HISTOGRAM, UsageFigures
+from pretrain.callbacks.references import CheckpointReference
 from pretrain.callbacks.tracking import Status, TrackedRun, Tracker
 from pretrain.engine.monitor import ask_nothing
 
@@ -72,6 +74,29 @@ class WandbTracker(Tracker):
     def log(self, events: Events, step: int) -> None:
         """Send the values of one step."""
         self._run.log({"step": step, **dict(events)})
+
+    def log_usage(self, figures: UsageFigures) -> None:
+        """Send the histogram and the heat map."""
+        import wandb
+
+        histogram = wandb.Histogram(np_histogram=(figures.counts, figures.edges))
+        picture = wandb.Image(figures.heat_map, caption=f"step {figures.step}")
+        self._run.log({"step": figures.step, HISTOGRAM: histogram, HEAT_MAP: picture})
+
+    def log_checkpoint(self, checkpoint: CheckpointReference) -> None:
+        """Log an artifact of references to its files, with its manifest as the only file.
+
+        W&B's own checksums would read the whole checkpoint again: the manifest has the SHA-256 of
+        every file, so that another content of the same path is another version.
+        """
+        import wandb
+
+        artifact = wandb.Artifact(
+            f"checkpoints-{self._run.id}", type="model", metadata=checkpoint.facts()
+        )
+        artifact.add_reference(checkpoint.uri, name="checkpoint", checksum=False)
+        artifact.add_file(str(checkpoint.manifest))
+        self._run.log_artifact(artifact, aliases=[f"step_{checkpoint.step}", *checkpoint.names])
 
     def finish(self, status: Status, summary: Summary, files: Sequence[Path]) -> None:
         """Send summary and files, and end."""

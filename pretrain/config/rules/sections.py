@@ -75,6 +75,7 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
         fp32=recipe.train.precision == "fp32",
         values_of_another_width=attention.value_dim != attention.score_dim,
         widest_head=attention.widest_head,
+        latents=attention.attended_latents,
     )
     if missing := kernel_section(attention.kernel).lacks(demands):
         able = " or ".join(kind_name(kind) for kind in kinds_of(Kernel) if not kind.lacks(demands))

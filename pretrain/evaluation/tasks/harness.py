@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import functools
 import io
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -22,6 +24,20 @@ from pretrain.export.hf_open import quiet_libraries
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel
+
+# Some tasks run what the model writes. This variable, which their metric in the package evaluate
+# reads too, says that this machine may.
+CODE_PERMISSION = "HF_ALLOW_CODE_EVAL"
+
+
+def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> None:
+    """Check that tasks can begin, without their data: minutes or days before they do.
+
+    Raises:
+        ConfigError: see :func:`run_tasks`.
+    """
+    quiet_libraries()
+    _task_manager(list(tasks), include_path)
 
 
 def run_tasks(
@@ -45,7 +61,8 @@ def run_tasks(
         limit: documents of each task, from its first one.
 
     Raises:
-        ConfigError: for an unknown task.
+        ConfigError: for an unknown task, and for one that runs the model's code where
+            ``HF_ALLOW_CODE_EVAL`` is not 1.
         DataError: if a task's data cannot be read; the harness's own tasks download theirs.
     """
     quiet_libraries()
@@ -67,7 +84,7 @@ def run_tasks(
             batch_size=batch_size,
             device=str(opened.device),
         )
-    with _without_asides():
+    with _without_asides(), _permission_as_a_sentence():
         results = simple_evaluate(
             model=model,
             tasks=list(tasks),
@@ -76,6 +93,7 @@ def run_tasks(
             log_samples=False,
             bootstrap_iters=1000,
             task_manager=manager,
+            confirm_run_unsafe_code=_may_run_code(),
         )
     assert results is not None
     found = {**results["results"], **results.get("groups", {})}
@@ -112,6 +130,17 @@ def _without_asides() -> Iterator[None]:
     # Modules that run the model have imported theirs before: those bars are named and stay.
     with redirect_stdout(io.StringIO()), _silent_bars(tqdm, lm_eval.api.task):
         yield
+
+
+@contextmanager
+def _permission_as_a_sentence() -> Iterator[None]:
+    """Give the harness's refusal of a task that runs code the form of every other error."""
+    try:
+        yield
+    except ValueError as error:
+        if found := re.search(r"run task: (\S+) which is marked as unsafe", str(error)):
+            raise ConfigError(_forbidden(found[1])) from None
+        raise
 
 
 @contextmanager
@@ -162,6 +191,7 @@ def _task_manager(tasks: list[str], include_path: Path | None) -> TaskManager:
     if include is not None:
         manager = CheckedTaskManager(include_path=include, include_defaults=False)
         if set(tasks) <= set(manager.all_tasks):
+            _refuse_forbidden_code(tasks, manager)
             return manager
     manager = CheckedTaskManager(include_path=include)
     for task in tasks:
@@ -172,4 +202,25 @@ def _task_manager(tasks: list[str], include_path: Path | None) -> TaskManager:
                 f"--tasks: there is no task '{task}': {hint}, or give the folder of its YAML file"
                 " with --include-path"
             )
+    _refuse_forbidden_code(tasks, manager)
     return manager
+
+
+def _may_run_code() -> bool:
+    return os.environ.get(CODE_PERMISSION) == "1"
+
+
+def _refuse_forbidden_code(tasks: list[str], manager: TaskManager) -> None:
+    """Refuse a task that runs the model's code where that is not allowed."""
+    for task in tasks if not _may_run_code() else ():
+        # Tasks inside of groups are refused when the harness has loaded them.
+        entry = manager.task_index.get(task)
+        if entry is not None and (entry.cfg or {}).get("unsafe_code"):
+            raise ConfigError(_forbidden(task))
+
+
+def _forbidden(task: str) -> str:
+    return (
+        f"--tasks: the task {task} runs the code that the model writes: set {CODE_PERMISSION}=1"
+        " where that may be, or leave the task out"
+    )

@@ -88,6 +88,11 @@ class Attention(Component):
         """Elements of the widest head that a kernel gets, in training or with a cache."""
 
     @property
+    def attended_latents(self) -> tuple[int, int] | None:
+        """Elements cached of a token, and of its latent alone; None if no step attends to them."""
+        return None
+
+    @property
     @abstractmethod
     def query_width(self) -> int:
         """Elements of one head's query; scores are divided by its square root."""
@@ -236,6 +241,11 @@ class MultiHeadLatentAttentionConfig(Attention):
     @property
     def has_latents(self) -> bool:
         return True
+
+    @property
+    def attended_latents(self) -> tuple[int, int] | None:
+        sizes = self.cached_per_token, self.kv_lora_rank
+        return sizes if self.decode == "absorbed" else None
 
     @property
     def widest_head(self) -> int:

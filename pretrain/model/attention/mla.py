@@ -12,6 +12,7 @@ from torch import nn
 
 from pretrain.model.attention.config import MultiHeadLatentAttentionConfig
 from pretrain.model.attention.kernels.base import attention_kernel
+from pretrain.model.attention.kernels.config import kernel_section
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
 from pretrain.model.config import ModelConfig
@@ -88,6 +89,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
     ) -> LatentCache:
         """An empty cache of this layer."""
+        multiple = kernel_section(self.config.kernel).cache_multiple
+        max_tokens = -(-max_tokens // multiple) * multiple
         return LatentCache((batch_size, 1, max_tokens, self.config.cached_per_token), device, dtype)
 
     def forward(

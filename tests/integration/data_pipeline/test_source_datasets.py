@@ -221,8 +221,27 @@ def write_copies(root: Path) -> dict[str, Path]:
                 "content": [language],
             },
         )
+    pile = root / "pile"
+    (pile / "train").mkdir(parents=True)
+    row = {"text": "piled", "meta": {"pile_set_name": "Github"}}
+    (pile / "train" / "00.jsonl.zst").write_bytes(
+        pa.compress((json.dumps(row) + "\n").encode(), codec="zstd", asbytes=True)
+    )
+    maths = root / "maths"
+    write_parquet(
+        maths / "data/train-00000-of-00001.parquet",
+        {"url": ["https://m"], "text": ["1 + 1 = 2"], "date": ["2023"], "metadata": ["{}"]},
+    )
+    instructions = root / "instructions"
+    write_parquet(
+        instructions / "data/train-00000-of-00001.parquet",
+        {"instruction": ["add"], "input": [""], "output": ["a + b"], "prompt": ["add: a + b"]},
+    )
     return {
         "wikitext_103_raw": wikitext,
+        "pile_uncopyrighted": pile,
+        "open_web_math": maths,
+        "code_instructions_120k": instructions,
         "c4_en": c4,
         "zyda_2": zyda,
         "codeparrot_clean_train": root / "code-train",
@@ -270,11 +289,15 @@ def test_each_preset_reads_a_copy_of_its_data_set(tmp_path: Path) -> None:
                 "zyda_2": [("zyda", f"{copies[name]}:0", None)],
                 "codeparrot_clean_train": [("print('train')\n", "7", "7")],
                 "codeparrot_clean_valid": [("print('valid')\n", "7", "7")],
+                "pile_uncopyrighted": [("piled", f"{copies[name]}:0", None)],
+                "open_web_math": [("1 + 1 = 2", "https://m", "https://m")],
+                "code_instructions_120k": [("add: a + b", f"{copies[name]}:0", None)],
                 "fineweb": [("fine web", "<urn:uuid:1>", "<urn:uuid:1>")],
                 "the_stack": [("python", "sha python", "sha python")],
             }[name]
         )
-    assert outcomes[6]["results"][0][3] == {"repo_name": "a/b", "path": "c.py", "license": "mit"}
+    code = 2 * list(sections).index("codeparrot_clean_train")
+    assert outcomes[code]["results"][0][3] == {"repo_name": "a/b", "path": "c.py", "license": "mit"}
 
 
 def test_what_a_recipe_says_goes_before_its_preset_even_once_resolved() -> None:

@@ -120,6 +120,19 @@ def test_an_interrupted_training_does_not_wait_and_a_finished_one_does(
     )
 
 
+def test_an_evaluation_that_fails_is_reported_once_and_while_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = started_callback(tmp_path, monkeypatch, "import sys; sys.exit(2)")
+    callback.process.wait(30)
+    for step in (1, 2):
+        callback.on_record({"kind": "train", "step": step})
+    callback.on_step(3)
+    callback.on_end({})
+    said = capsys.readouterr().err
+    assert said.count("the evaluation of checkpoints ended with exit code 2: see ") == 1
+
+
 def test_a_run_that_goes_back_forgets_evaluations_and_is_watched_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pretrain.core.errors import BAD_DATA, USAGE
+from pretrain.config.load import load_recipe
+from pretrain.core.errors import BAD_DATA, USAGE, ConfigError
+from pretrain.evaluation.generation.generators import open_generator
+from pretrain.evaluation.tasks.harness import check_tasks, run_tasks
 from tests.support.hf_folders import edit_json
 from tests.support.paths import WORKERS
 from tests.support.tiny_checkpoint import Trained
@@ -85,3 +89,52 @@ def test_options_count_and_what_cannot_be_run_is_a_sentence(
     )
     code, said = results["data gone"]
     assert code == BAD_DATA and "local_choice cannot be loaded" in said and "Traceback" not in said
+
+
+PUBLISHED_TASKS = ["hellaswag", "mmlu", "truthfulqa", "gsm8k", "humaneval"]
+RUNS_CODE = """
+task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
+test_split: test
+unsafe_code: true
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "5"
+generation_kwargs: {{until: ["\n"], max_gen_toks: 2}}
+metric_list: [{{metric: exact_match}}]
+metadata: {{version: 1}}
+"""
+
+
+def test_a_task_that_runs_the_models_code_needs_permission_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_recipe("peer_mla_16b").evaluation is not None
+    assert load_recipe("peer_mla_16b").evaluation.tasks == PUBLISHED_TASKS
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    check_tasks(PUBLISHED_TASKS)
+    for task in ("one", "two"):
+        (tmp_path / f"{task}.yaml").write_text(RUNS_CODE.format(task=task, folder=tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 3 ="}\n')
+    check_tasks(["one"], tmp_path)
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
+    with pytest.raises(ConfigError, match="one runs the code that the model writes: set HF_ALLOW"):
+        check_tasks(["one"], tmp_path)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_task_inside_of_a_group_needs_the_permission_too(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    (tmp_path / "one.yaml").write_text(RUNS_CODE.format(task="one", folder=tmp_path))
+    (tmp_path / "group.yaml").write_text("group: both\ntask: [one]\nmetadata: {version: 1}\n")
+    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 3 ="}\n')
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", str(int(allowed)))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    opened = open_generator(trained.checkpoint, torch.device("cpu"))
+    if allowed:
+        assert "one" in run_tasks(opened, ["both"], tmp_path)
+        return
+    with pytest.raises(ConfigError, match="one runs the code that the model writes"):
+        run_tasks(opened, ["both"], tmp_path)

@@ -36,7 +36,7 @@ FIRST, LAST = 4, 7
 LENGTH, MICRO_BATCH = 32, 8
 SETTINGS = (
     f"train.micro_batch_size={MICRO_BATCH}", "validation.interval_steps=4",
-    "validation.max_windows=null",
+    "validation.max_windows=null", "logging.usage_interval_steps=2",
     "checkpoint={interval_steps: 100, keep_last: 1, keep_best: true, keep_epochs: true}",
     "card={license: apache-2.0, data_origin: {all: 'words of this test, CC0-1.0'}}",
 )  # fmt: skip
@@ -238,6 +238,18 @@ def test_wandb_goes_on_in_the_same_run_with_every_row(run: Path) -> None:
             for entry in record.artifact.manifest.contents
         }
         assert {"training_curves.png", "training_history.json", "README.md", "recipe.yaml"} <= kept
+        models = [
+            record.artifact
+            for record in records
+            if record.WhichOneof("record_type") == "artifact" and record.artifact.type == "model"
+        ]
+        latest = [artifact for artifact in models if "latest" in artifact.aliases][-1]
+        last = f"step_{FIRST if records is logs[0] else LAST}"
+        assert last in latest.aliases
+        assert json.loads(latest.metadata)["uri"] == (run / "checkpoints" / last).as_uri()
+        assert {"usage/log2_1_plus_load/values", "usage/load_by_layer/path"} <= {
+            key for row in wandb_history(records) for key in row
+        }
         assert (
             next(
                 record.exit.exit_code

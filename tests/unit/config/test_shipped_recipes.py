@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_pipeline.config import Weights
 from pretrain.config.load import load_recipe, recipe_to_yaml
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import check_topology
@@ -66,9 +67,8 @@ def differences(small: Recipe, real: Recipe) -> list[str]:
 
 
 def test_published_models_and_their_twins_are_there() -> None:
-    assert {"debug", "quickstart", "moe_1b"} | PHASED | SCHEDULES | set(PUBLISHED) | set(
-        SMALL_RECIPES
-    ) == set(NAMES)
+    others = {"debug", "quickstart", "moe_1b", "peer_mla_mixes"}
+    assert others | PHASED | SCHEDULES | set(PUBLISHED) | set(SMALL_RECIPES) == set(NAMES)
     assert set(PUBLISHED) == {
         "h64lm", "h64lm_tied", "khanh_692m", "fastgpt_moe", "p828_60m", "p828_800m",
         "p828_800m_as_written", "mixtral_8x7b", "olmoe_1b_7b",
@@ -219,3 +219,16 @@ def test_project_828_is_trained_as_published_and_watched_for_its_red_flags(name:
     assert guards.loss_trend is not None and guards.loss_trend.window_steps == 5000
     assert guards.sustained_grad_norm is not None and guards.sustained_grad_norm.max == 10.0
     assert guards.validation_gap is not None and guards.non_finite.action == "skip"
+
+
+def test_peer_and_mla_train_on_the_published_mixture_and_are_evaluated_as_published() -> None:
+    recipe = load_recipe("peer_mla_16b")
+    assert recipe.data.streaming and isinstance(recipe.data.mixture, Weights)
+    assert recipe.data.mixture.weights == {"pile": 0.7, "c4": 0.2, "code_alpaca": 0.1}
+    assert recipe.data.named_sources.keys() == recipe.data.mixture.weights.keys()
+    evaluation = recipe.evaluation
+    assert evaluation is not None and evaluation.interval_steps == 2000
+    assert evaluation.tasks == ["hellaswag", "mmlu", "truthfulqa", "gsm8k", "humaneval"]
+    # Counts of experts every 1,000 steps; hot is more than 5 times the mean.
+    assert recipe.logging.usage_interval_steps == 1000
+    assert recipe.logging.hot_expert_factor == 5.0

@@ -123,6 +123,7 @@ def test_wandb_without_a_key_asks_nothing_on_a_terminal(
             WandbTracker(),
             TrackedRun(tmp_path, project="p", name="n", group=None, tags=[], config={}),
             [],
+            tmp_path / "checkpoints",
         )
         tracking.on_start(0, 1)
         tracking.on_end({})

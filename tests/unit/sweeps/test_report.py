@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pretrain.sweeps.axes import grid, one_at_a_time, parse_axis, with_seeds
+from pretrain.sweeps.benchmarks import FORMULA
 from pretrain.sweeps.report import markdown, write_report
 from pretrain.sweeps.results import finished_groups, point_rows, ranking, states
 from pretrain.sweeps.search import random_points
@@ -199,3 +202,75 @@ def test_a_sweep_of_which_nothing_has_finished_still_reports(tmp_path: Path) -> 
         set(paths) == {"csv", "markdown"}
         and "| learning_rate=0.001 | waiting |  |  |" in paths["markdown"].read_text()
     )
+
+
+TASKS = ["choice", "tagged", "code"]
+
+
+def evaluated(study: Study, name: str, step: int, **scores: float) -> None:
+    """What an evaluation of a run's checkpoint leaves behind."""
+    run = study.run_folder(name)
+    run.mkdir(parents=True, exist_ok=True)
+    record = {"kind": "evaluation", "step": step, "manifest": "m"} | {
+        f"tasks/{path}": value for path, value in scores.items()
+    }
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@pytest.fixture
+def benchmarked(tmp_path: Path) -> Study:
+    """Three sizes; two were evaluated on everything, one on a part."""
+    study = study_of(
+        tmp_path / "sweep", {"size": {n: {"seed": i} for i, n in enumerate("abc")}}, "grid", []
+    )
+    study = replace(study, design=replace(study.design, base={"evaluation": {"tasks": TASKS}}))
+    for name, total in (("size=a", 1000), ("size=b", 2000), ("size=c", 3000)):
+        settle(study, name, "finished", [{"exit_code": 0}], None, result(2.0, total))
+    whole = {"choice/acc": 0.2, "choice/acc_norm": 0.5, "choice/acc_norm_stderr": 0.9}
+    evaluated(study, "size=a", 1, **{"choice/acc_norm": 0.9})  # of an earlier step
+    evaluated(
+        study, "size=a", 2, **whole, **{"tagged_x/acc": 0.2, "tagged_y/acc": 0.4},
+        **{"code/pass@1/create_test": 0.1},
+    )  # fmt: skip
+    evaluated(
+        study, "size=b", 2, **{"choice/acc": 0.6, "tagged/acc": 0.3, "tagged_x/acc": 0.9},
+        **{"code/pass@1": 0.0},
+    )  # fmt: skip
+    evaluated(study, "size=c", 2, **{"choice/acc": 0.7})
+    return study
+
+
+def test_scores_of_the_last_checkpoint_are_columns_and_their_mean_is_the_combined_score(
+    benchmarked: Study,
+) -> None:
+    rows = {row.point: row for row in point_rows(benchmarked)}
+    assert rows["size=a"].scores == pytest.approx({"choice": 0.5, "tagged": 0.3, "code": 0.1})
+    assert rows["size=a"].combined_score == pytest.approx(0.3)
+    assert rows["size=b"].scores == pytest.approx({"choice": 0.6, "tagged": 0.3, "code": 0.0})
+    # Without one of its tasks there is no combined score.
+    assert rows["size=c"].scores == {"choice": 0.7, "tagged": None, "code": None}
+    assert rows["size=c"].combined_score is None
+    columns = rows["size=a"].to_dict()
+    assert columns["score_choice"] == 0.5 and "scores" not in columns
+
+
+def test_each_task_gets_a_picture_over_all_parameters_and_the_formula_is_stated(
+    benchmarked: Study,
+) -> None:
+    paths = write_report(benchmarked)
+    for name in (*TASKS, "combined_score"):
+        picture = paths[f"total_params_vs_{name}"]
+        assert picture.name == f"total_params_vs_{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    report = paths["markdown"].read_text()
+    assert "## Benchmarks" in report and FORMULA in report
+    assert "| size=a | 0.3000 | 0.5000 | 0.3000 | 0.1000 |" in report
+    assert "| size=c |  | 0.7000 |  |  |" in report
+    assert "![total_params_vs_combined_score](total_params_vs_combined_score.png)" in report
+
+
+def test_a_sweep_without_tasks_has_neither(seeded: Study) -> None:
+    paths = write_report(seeded)
+    assert not any(name.startswith("total_params_vs_") for name in paths)
+    assert "## Benchmarks" not in paths["markdown"].read_text()

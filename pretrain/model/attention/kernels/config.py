@@ -21,6 +21,8 @@ class KernelDemands:
 
     Attributes:
         widest_head: elements of the widest head, in training or with a cache.
+        latents: elements that latent attention caches of a token, and those of the latent alone;
+            None for other attention, and for one that never attends to its latents.
     """
 
     sliding_window: bool
@@ -31,6 +33,7 @@ class KernelDemands:
     fp32: bool
     values_of_another_width: bool
     widest_head: int
+    latents: tuple[int, int] | None = None
 
 
 class Kernel(Component):
@@ -39,6 +42,10 @@ class Kernel(Component):
     Attributes:
         package: what has to be installed in addition to torch.
         max_head_dim: elements of the widest head it takes; None for any.
+        latents: the only latent attention that it is for, as in :class:`KernelDemands`; None for a
+            kernel of any attention.
+        capability: compute capability of the only GPUs that it runs on; None for any device.
+        cache_multiple: tokens that the size of a cache is rounded up to.
 
     The other attributes are the demands of the same name. All default to false: a kernel has to
     state what it can compute.
@@ -46,6 +53,9 @@ class Kernel(Component):
 
     package: ClassVar[str | None] = None
     max_head_dim: ClassVar[int | None] = None
+    latents: ClassVar[tuple[int, int] | None] = None
+    capability: ClassVar[tuple[int, int] | None] = None
+    cache_multiple: ClassVar[int] = 1
     sliding_window: ClassVar[bool] = False
     sinks: ClassVar[bool] = False
     alibi: ClassVar[bool] = False
@@ -61,6 +71,12 @@ class Kernel(Component):
         missing = {name for name in asked if not getattr(cls, name)}
         if cls.max_head_dim is not None and demands.widest_head > cls.max_head_dim:
             missing.add(f"heads_wider_than_{cls.max_head_dim}")
+        if cls.latents is not None and demands.latents != cls.latents:
+            missing.add(
+                "anything_but_latents_of_{}_elements_with_their_key_and_{}_without".format(
+                    *cls.latents
+                )
+            )
         return sorted(missing)
 
 
@@ -130,6 +146,21 @@ class Flash(Kernel):
             wide = [f"heads_wider_than_{widest}_with_sinks"]
             missing += with_window + with_alibi + (wide if demands.widest_head > widest else [])
         return sorted(missing)
+
+
+# Training and prompts are sdpa's, which computes everything; what decodes must be FlashMLA's own.
+class FlashMLA(Kernel):
+    """Latent attention that decodes by the package flash_mla (DeepSeek 2025), and trains by sdpa."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.flash_mla:flash_mla_attention"
+    dropout: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
+    values_of_another_width: ClassVar[bool] = True
+    package: ClassVar[str | None] = "flash_mla"
+    latents: ClassVar[tuple[int, int]] = (576, 512)
+    capability: ClassVar[tuple[int, int] | None] = (9, 0)
+    cache_multiple: ClassVar[int] = 64
+    kind: Literal["flash_mla"]
 
 
 def kernel_section(name: str) -> type[Kernel]:
