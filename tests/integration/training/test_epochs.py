@@ -21,7 +21,7 @@ from tests.support.tiny_run import Tiny, curve, make_trainer, start_ranks
 SMALL = (
     "train.train_tokens=null",
     "model.num_hidden_layers=1",
-    "validation.interval_steps=100",
+    "validation.interval_steps=0",
     "checkpoint.interval_steps=1000",
     "train.global_batch_size=64",
     "train.micro_batch_size=16",
