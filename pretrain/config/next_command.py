@@ -81,7 +81,12 @@ def next_command(name: str, overrides: list[str], built: Recipe, path: Path) -> 
         recipe.data.model_dump(mode="json", exclude=places) for recipe in (trained, built)
     )
     short = built.data.model_dump(mode="json", exclude=places, exclude_defaults=True)
-    settings = list(_settings("data", now, wanted, short))
+    # Field by field: the section as a whole would lose its place. A dump may lack what is null.
+    settings = [
+        setting
+        for key in dict.fromkeys([*wanted, *now])
+        for setting in _settings(f"data.{key}", now.get(key), wanted.get(key), short.get(key))
+    ]
     # "source" and "sources" exclude each other: what is taken out comes first.
     settings.sort(key=lambda setting: not setting.endswith("=null"))
     kept += [setting for setting in settings if len(setting) <= LONGEST_SETTING]

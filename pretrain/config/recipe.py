@@ -174,8 +174,8 @@ class CheckpointConfig(Section):
 class ValidationConfig(Section):
     """When the loss over held-out data is measured."""
 
-    interval_steps: Positive | None = Field(
-        500, description="null: only at the ends of kept epochs, of phases, and of the run"
+    interval_steps: NonNegative = Field(
+        500, description="0: only at the ends of kept epochs, of phases, and of the run"
     )
     max_windows: Positive | None = Field(
         None,

@@ -49,7 +49,7 @@ class Validator:
     def is_due(self, step: int) -> bool:
         """Whether the interval ends; the ends of epochs, phases and runs are validated too."""
         interval = self._config.interval_steps
-        return interval is not None and step % interval == 0
+        return interval > 0 and step % interval == 0
 
     def sample(self, progress: Progress) -> float:
         """Return the loss (nats a target) over ``validation.max_windows``, always the same ones."""

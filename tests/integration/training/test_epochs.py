@@ -15,13 +15,16 @@ from pretrain.config.epochs import with_known_length
 from pretrain.config.load import load_recipe
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import ConfigError
+from pretrain.sweeps.axes import Point
+from pretrain.sweeps.plan import PointCheck
+from pretrain.sweeps.study import Design, Study, base_mapping
 from pretrain.train import main
 from tests.support.tiny_run import Tiny, curve, make_trainer, start_ranks
 
 SMALL = (
     "train.train_tokens=null",
     "model.num_hidden_layers=1",
-    "validation.interval_steps=100",
+    "validation.interval_steps=0",
     "checkpoint.interval_steps=1000",
     "train.global_batch_size=64",
     "train.micro_batch_size=16",
@@ -172,3 +175,33 @@ def test_a_warm_up_may_be_a_share_of_the_steps(tiny: Tiny) -> None:
     assert factors == [same.factor(step, steps) for step in range(steps)]
     with pytest.raises(ConfigError, match=r"is longer than the run .*: lower it or raise train.ep"):
         counted(tiny, "train.epochs=1", "schedule={kind: linear, warmup_steps: 100000}")
+
+
+def test_runs_of_a_sweep_have_the_steps_of_their_data_or_the_tokens_that_were_asked_for(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    def study(*overrides: str, tokens: int | None = None) -> Study:
+        settings = [*SMALL, "train.epochs=2", *overrides]
+        design = Design(
+            kind="sweep",
+            recipe=str(tiny.recipe),
+            base=base_mapping(str(tiny.recipe), settings, tokens),
+            axes={},
+            search="grid",
+            trials=0,
+            search_seed=0,
+            seeds=[],
+            train_tokens=tokens,
+            ranks=1,
+            ds_config={},
+            folder=str(tmp_path),
+        )
+        return Study(tmp_path / "sweep", design, [])
+
+    point = Point("base", {}, [], run="base")
+    recipe = with_known_length(load_recipe(str(tiny.recipe), [*SMALL, "train.epochs=2"]))
+    assert study().num_steps(point) == Timeline(recipe).num_steps > 2
+    assert study(tokens=2 * 64 * 32).num_steps(point) == 2
+    assert PointCheck(study())(point).train.epochs == 2
+    with pytest.raises(ConfigError, match="is longer than the run"):
+        PointCheck(study("schedule.warmup_steps=100000"))(point)

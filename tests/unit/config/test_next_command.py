@@ -38,7 +38,8 @@ OPTIONS: list[list[list[str]]] = [
     [[], ["--input", "NASTY.txt"], ["--input", "NASTY.jsonl", "NASTY.txt"]],
     [[], ["--tokenizer", "NASTY.json"], ["--tokenizer", "NASTY.model"], ["--vocab-size", "777"]],
     [[], ["--append-eod"], ["--no-append-eod"]],
-    [[], ["--validation-share", "0.25"]],
+    [[], ["--validation-share", "0.25"], ["--validation-documents", "7"]],
+    [[], ["--set", "data.path=somewhere else"]],
     [[], ["--split-by", "content"]],
     [[], ["--max-shard-bytes", "70000"], ["--set", "data.max_shard_bytes=null"]],
     [[], ["--on-bad", "fail"]],
@@ -57,6 +58,8 @@ def drawn(source: random.Random, folder: Path) -> list[str]:
         if "NASTY" in word:
             words[number] = word.replace("NASTY", f"{folder}/{source.choice(NASTY)}{number}", 1)
             Path(words[number]).touch()
+    if "somewhere" in str(words) and source.random() < 0.5:
+        return words
     return [*words, "--output", f"{folder}/{source.choice(NASTY)} out"]
 
 
@@ -140,3 +143,16 @@ def test_the_command_that_continues_a_sweep_keeps_how_it_is_run(seed: int, tmp_p
     line = shlex.join(continuing_command(options, ROOT / "tools" / "sweep.py"))
     tool, *again = shlex.split(line)
     assert tool.endswith("tools/sweep.py") and parser.parse_args(again) == options
+
+
+def test_rows_and_splits_of_data_sets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for more in (
+        ["--max-samples", "1000", "--validation-documents", "50"],
+        ["--set", "data.source.validation_split=test", "--set", "data.source.group=rows"],
+    ):
+        words = ["--recipe", "h64lm_phase1", *more]
+        arguments, built, output = built_with(words, monkeypatch)
+        _, trained = trained_by(
+            next_command(arguments.recipe, arguments.overrides, built, output.path)
+        )
+        assert trained == built

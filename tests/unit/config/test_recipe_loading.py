@@ -118,7 +118,7 @@ def test_an_override_replaces_a_component_by_its_kind() -> None:
         ),
         ("name=../elsewhere", ["'name'", "got '../elsewhere'"]),
         ("model.moe.top_k=9", ["'model.moe'", "top_k is 9, but there are only 4 experts"]),
-        ("train={}", ["'train.sequence_length' is missing", "'train.train_tokens' is missing"]),
+        ("train={}", ["'train.sequence_length' is missing", "'train.micro_batch_size' is missing"]),
         (
             "train.micro_batch_size.x=1",
             ["--set train.micro_batch_size.x=1", "'train.micro_batch_size' is a value"],

@@ -154,7 +154,7 @@ def test_the_phases_of_h64lm_have_its_rows_epochs_and_regularisation() -> None:
     for phase in phases:
         assert phase.train.train_tokens is None and phase.schedule.warmup_of(1000) == 100
         assert phase.guards.early_stopping is not None and phase.guards.early_stopping.patience == 3
-        assert phase.checkpoint.keep_epochs and phase.validation.interval_steps is None
+        assert phase.checkpoint.keep_epochs and phase.validation.interval_steps == 0
         assert phase.train.activation_checkpointing
         rate = phase.optimizer.learning_rate * phase.guards.rollback.learning_rate_factor
         assert rate == pytest.approx(1e-4)
