@@ -1,4 +1,4 @@
-"""tools/trace_routing.py on real checkpoints and an export: what it records is recomputed by hand."""
+"""tools/trace_routing.py on real checkpoints and exports: what it records is computed by hand."""
 
 from __future__ import annotations
 
