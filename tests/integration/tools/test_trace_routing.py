@@ -249,8 +249,8 @@ def test_the_page_and_the_table_show_hostile_text_as_text(
     hostile = "<script>alert(1)</script> [bold]\x1b[31m\" onload='x' &amp; 3 + 4\n"
     source.write_text(hostile)
     lines = tmp_path / "expert_routing.txt"
-    options = ["--text-file", source, "--html", page, "--layer", "1", "--rows", "99"]
-    options += ["--lines", lines]
+    options: list[str | Path] = ["--text-file", source, "--html", page, "--layer", "1"]
+    options += ["--rows", "99", "--lines", lines]
     assert call(monkeypatch, "--model", models["dropless"].latest, *options) == DONE
     printed = capsys.readouterr().out
     assert "\x1b[31m" not in printed and "\\x1b" in printed and "layer 1" in printed
