@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Cost and gain of ``train.compile=blocks``: the quickstart's model, compiled against eager.
+"""Cost and gain of ``train.compile``: small models, compiled against eager.
 
-Dense blocks are compiled whole, blocks of dropless experts in their attention half. Wall seconds of
-forward and backward pass in one thread. Compiled and eager steps alternate, and the ratio is the
-median over pairs of neighbouring steps: a change of the machine's speed affects both alike.
+``blocks`` compiles dense blocks whole, and blocks of dropless experts in their attention half;
+``all`` also what is between the matrix products of experts and head. CPU seconds of forward and
+backward pass in one thread, so that other processes of the machine matter little. The forms
+alternate, and a ratio is the median over neighbouring steps: a change of the machine's speed
+affects all alike.
 """
 
 from __future__ import annotations
@@ -23,15 +25,20 @@ from rich.table import Table
 from tqdm import tqdm
 
 from pretrain.config.load import load_recipe
-from pretrain.engine.compile import compile_blocks
+from pretrain.engine.compile import compile_blocks, compile_experts_and_head
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = {
-    "dense": ["model.layer_pattern.kind=all_dense", "model.intermediate_size=1024"],
-    "dropless": [],
+MODELS = {
+    "dense": ("quickstart", ["model.layer_pattern.kind=all_dense", "model.intermediate_size=1024"]),
+    "dropless": ("quickstart", []),
+    # Project 828's experts have six elementwise operations between their products, and a head that
+    # is most of the model.
+    "product_swiglu": ("p828_60m", ["model.num_hidden_layers=2"]),
 }
+# What is compiled of a model.
+FORMS = ("eager", "blocks", "all")
 
 
 def timed_step(model: DecoderLM, seed: int, sequences: int) -> tuple[float, float]:
@@ -42,51 +49,62 @@ def timed_step(model: DecoderLM, seed: int, sequences: int) -> tuple[float, floa
     )
     # Random tokens: the loss does not matter for the time, but both models must agree on it.
     model.zero_grad(set_to_none=True)
-    started = time.perf_counter()
+    started = time.process_time()
     loss = model(
         tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), float(sequences * 256)
     ).loss
     loss.backward()
-    return time.perf_counter() - started, loss.item()
+    return time.process_time() - started, loss.item()
 
 
-def measure(overrides: list[str], steps: int, sequences: int) -> dict[str, float]:
-    """Seconds of compiled and eager steps, and how far their losses differ."""
-    config = load_recipe(
-        "quickstart", [*overrides, "model.vocab_size=4096", "parallel.ep_size=1"]
-    ).model
-    eager = DecoderLM(config)
-    compiled = DecoderLM(config)
-    for model in (eager, compiled):
-        initialize(model, 1)
-    compile_blocks(compiled)
+def built(recipe: str, overrides: list[str], form: str) -> DecoderLM:
+    """The model with what a form compiles of it."""
+    settings = [*overrides, "model.vocab_size=4096", "parallel.ep_size=1"]
+    model = DecoderLM(load_recipe(recipe, settings).model)
+    initialize(model, 1)
+    if form != "eager":
+        compile_blocks(model)
+    if form == "all":
+        compile_experts_and_head(model)
+    return model
+
+
+def measure(recipe: str, overrides: list[str], steps: int, sequences: int) -> dict[str, float]:
+    """Seconds of a step in each form, and how far their losses differ."""
+    models = {form: built(recipe, overrides, form) for form in FORMS}
     # The first step compiles; its time is reported apart.
-    first, _ = timed_step(compiled, 0, sequences)
-    timed_step(eager, 0, sequences)
-    pairs = [
-        (timed_step(compiled, step, sequences), timed_step(eager, step, sequences))
-        for step in tqdm(range(1, steps + 1), unit="pair")
+    first = {form: timed_step(model, 0, sequences)[0] for form, model in models.items()}
+    rounds = [
+        {form: timed_step(model, step, sequences) for form, model in models.items()}
+        for step in tqdm(range(1, steps + 1), unit="round")
     ]
-    return {
-        "first_step_seconds": first,
-        "compiled_seconds": median(fast[0] for fast, _ in pairs),
-        "eager_seconds": median(slow[0] for _, slow in pairs),
-        "ratio": median(fast[0] / slow[0] for fast, slow in pairs),
-        "largest_loss_difference": max(abs(fast[1] - slow[1]) / slow[1] for fast, slow in pairs),
-    }
+    result: dict[str, float] = {}
+    for form in FORMS:
+        result[f"{form}_seconds"] = median(one[form][0] for one in rounds)
+        if form == "eager":
+            continue
+        result[f"{form}_first_step_seconds"] = first[form]
+        ratios = sorted(one[form][0] / one["eager"][0] for one in rounds)
+        result[f"{form}_ratio"] = median(ratios)
+        quarter = len(ratios) // 4
+        result[f"{form}_ratio_spread"] = ratios[-1 - quarter] - ratios[quarter]
+        result[f"{form}_largest_loss_difference"] = max(
+            abs(one[form][1] / one["eager"][1] - 1) for one in rounds
+        )
+    return result
 
 
 def main() -> None:
-    """Measure the chosen blocks, print a table and write the results."""
+    """Measure the chosen models, print a table and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=12, help="pairs of timed steps (default: 12)")
+    parser.add_argument("--steps", type=int, default=12, help="rounds of timed steps (default: 12)")
     parser.add_argument(
         "--sequences", type=int, default=4, help="of 256 tokens in a step (default: 4)"
     )
     parser.add_argument(
-        "--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="(default: both)"
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)"
     )
     parser.add_argument(
         "--json",
@@ -98,19 +116,20 @@ def main() -> None:
     # One thread: the ratio then does not depend on how well either side is parallelised.
     torch.set_num_threads(1)
     path = Path(options.json_path)
-    # Blocks that are not measured now keep their earlier results.
+    # Models that are not measured now keep their earlier results.
     results: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
     results["date"] = date.today().isoformat()
     results["hardware"] = (
         f"{psutil.cpu_count()} x {platform.processor() or platform.machine()}, torch"
         f" {torch.__version__}, one thread"
     )
-    for name in options.blocks:
-        measured = measure(BLOCKS[name], options.steps, options.sequences)
+    for name in options.models:
+        measured = measure(*MODELS[name], options.steps, options.sequences)
         results[name] = measured
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        table = Table(*measured, title=f"{name} blocks")
-        table.add_row(*(f"{value:.3g}" for value in measured.values()))
+        table = Table("what", "value", title=name)
+        for what, value in measured.items():
+            table.add_row(what, f"{value:.3g}")
         Console().print(table)
 
 

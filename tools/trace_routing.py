@@ -23,7 +23,7 @@ from rich.table import Table
 
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.analysis.routing_trace import Replay, RoutingTrace, read_trace, record, replay
-from pretrain.analysis.routing_views import page_of, shown, table_of
+from pretrain.analysis.routing_views import lines_of, page_of, shown, table_of
 from pretrain.checkpoint.layout import TOKENIZER, read_state
 from pretrain.checkpoint.weights import load_model
 from pretrain.core.cli import add_json_option, command_parser, write_json
@@ -85,6 +85,9 @@ def parse_arguments() -> argparse.Namespace:
         "--rows", type=int, default=40, metavar="N", help="tokens in the table (default: 40)"
     )
     parser.add_argument("--html", type=Path, metavar="PATH", help="write heat maps as one page")
+    parser.add_argument(
+        "--lines", type=Path, metavar="PATH", help="write a line for each token and layer, as text"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="record the routing of all layers, for --replay"
     )
@@ -158,7 +161,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
-    unused = [name for name in ("max_tokens", "layer", "html", "out") if getattr(arguments, name)]
+    of_texts = ("max_tokens", "layer", "html", "lines", "out")
+    unused = [name for name in of_texts if getattr(arguments, name)]
     if arguments.replay is not None and unused:
         raise ConfigError(
             f"--{unused[0].replace('_', '-')} is for a text, and --replay has a recorded one: leave "
@@ -179,6 +183,8 @@ def publish_trace(trace: RoutingTrace, arguments: argparse.Namespace) -> None:
         write(json.dumps(trace.model_dump(mode="json")) + "\n", arguments.out, "--out")
     if arguments.html is not None:
         write(page_of(trace, layers), arguments.html, "--html")
+    if arguments.lines is not None:
+        write(lines_of(trace, layers), arguments.lines, "--lines")
     if arguments.json_path != "-":
         console = Console()
         console.print(table_of(trace, layers, arguments.rows))

@@ -62,6 +62,18 @@ def _cell(choices: list[tuple[int, float]]) -> str:
     return ", ".join(cells) + (f" and {more} more" if more else "")
 
 
+def lines_of(trace: RoutingTrace, layers: Sequence[LayerTrace]) -> str:
+    """A line for each token and layer, with tabs between number, text, layer and all choices."""
+    lines = []
+    for token, text in enumerate(trace.tokens):
+        for layer in layers:
+            choices = " ".join(
+                f"{expert}:{weight:.4f}" for expert, weight in strongest(layer, token)
+            )
+            lines.append(f"{token}\t{shown(text)}\tlayer {layer.layer}\t{choices}\n")
+    return "".join(lines)
+
+
 def page_of(trace: RoutingTrace, layers: Sequence[LayerTrace]) -> str:
     """A page of HTML that needs nothing else: the text, then a heat map of each layer.
 

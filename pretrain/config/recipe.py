@@ -83,9 +83,12 @@ class TrainConfig(Section):
         ),
     )
     # Speed and memory: none of these changes what is learned, except by rounding.
-    compile: Literal["none", "blocks"] = Field(
+    compile: Literal["none", "blocks", "all"] = Field(
         "none",
-        description="'blocks': torch.compile of attention and of dense blocks, once at the start",
+        description=(
+            "'blocks': torch.compile of attention and of dense blocks, once at the start; 'all': "
+            "also what is between the matrix products of experts and head"
+        ),
     )
     activation_checkpointing: bool = Field(
         False,

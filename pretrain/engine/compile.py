@@ -1,7 +1,7 @@
-"""``torch.compile`` of what gains by it: attention with norm and residual, and whole dense blocks.
+"""``torch.compile`` of what can be one graph: attention with norm and residual, and dense blocks.
 
 Routing is not compiled: the number of rows per expert differs in every step, and a compiled graph
-would break there.
+would break there. Of experts and head, what is between their matrix products can be.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import torch
 
 from pretrain.model.block import Block
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.loss import LanguageModelHead
+from pretrain.model.moe.experts import Experts
+from pretrain.model.moe.shared_experts import SharedExperts
 
 
 def compile_blocks(model: DecoderLM, backend: str = "inductor") -> None:
@@ -32,3 +35,20 @@ def compile_blocks(model: DecoderLM, backend: str = "inductor") -> None:
             # ``nn.Module.compile`` keeps the module; ``torch.compile(block)`` would wrap it and
             # rename parameters.
             block.compile(backend=backend, dynamic=False)
+
+
+def compile_experts_and_head(model: DecoderLM, backend: str = "inductor") -> None:
+    """Compile the activation of dropless experts, shared experts, and the head's loss, in place.
+
+    Their matrix products stay as they are: experts' numbers of rows change from step to step, so
+    their activation is one graph for any number; the loss has one for a chunk of tokens, and one
+    for a shorter last chunk.
+    """
+    for module in model.modules():
+        if isinstance(module, Experts):
+            activate = torch.compile(module.form.kind.activate, backend=backend, dynamic=True)
+            module.form = module.form._replace(compiled=activate)
+        elif isinstance(module, SharedExperts):
+            module.compile(backend=backend, dynamic=False)
+        elif isinstance(module, LanguageModelHead):
+            module.chunk_losses = torch.compile(module.chunk_losses, backend=backend, dynamic=False)

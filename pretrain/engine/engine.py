@@ -24,7 +24,7 @@ from pretrain.engine.build import (
     stage_of,
     start_deepspeed,
 )
-from pretrain.engine.compile import compile_blocks
+from pretrain.engine.compile import compile_blocks, compile_experts_and_head
 from pretrain.engine.expert_tables import ExpertTablesStep, take_expert_tables
 from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.master_weights import MasterWeights
@@ -113,8 +113,10 @@ class Engine:
         self.monitor = self.deepspeed.monitor = Monitor(
             ds_config, topology.is_main, lambda: self.deepspeed.global_samples
         )
-        if recipe.train.compile == "blocks":
+        if recipe.train.compile != "none":
             compile_blocks(self.model)
+        if recipe.train.compile == "all":
+            compile_experts_and_head(self.model)
         self._peak_learning_rates = peak_learning_rates(recipe.optimizer)
         self.loss_scale = LossScale(self.optimizer, self.zero_stage, precision)
         self.masters = MasterWeights(self.optimizer, self.zero_stage, precision)

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from pretrain.config.load import load_recipe
-from pretrain.engine.compile import compile_blocks
+from pretrain.engine.compile import compile_blocks, compile_experts_and_head
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 
 MIXED = ["model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=24"]
 
 
-def model_of(recomputed: bool) -> DecoderLM:
+def model_of(recomputed: bool, *overrides: str) -> DecoderLM:
     model = DecoderLM(
-        load_recipe("debug", ["model.vocab_size=128", *MIXED]).model,
+        load_recipe("debug", ["model.vocab_size=128", *MIXED, *overrides]).model,
         activation_checkpointing=recomputed,
     )
     initialize(model, 1)
@@ -74,3 +74,50 @@ def test_generated_code_gives_the_eager_numbers(recomputed: bool, document_mask:
     compiled, eager = model_of(recomputed), model_of(recomputed)
     compile_blocks(compiled)
     assert difference(compiled, eager, document_mask) <= 1e-5
+
+
+SHARED = "model.moe.num_shared_experts=1"
+# Chunks of 12 of 32 tokens: the last one is shorter.
+EXPERTS = {
+    "swiglu": (SHARED, "model.loss_chunk_tokens=12", "model.output_z_loss_weight=0.001"),
+    "product_swiglu": (SHARED, "model.feed_forward={kind: product_swiglu, bias: true}"),
+    "grouped products": ("model.moe.expert_kernel=grouped_mm", "model.feed_forward.kind=gelu"),
+}
+
+
+def losses_of(model: DecoderLM, steps: int = 4) -> list[float]:
+    """Losses of a few steps, in which experts get other numbers of rows each time."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(steps):
+        losses.append(loss_of(model).item())
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("form", EXPERTS)
+def test_traced_experts_and_head_give_the_eager_numbers_in_every_step(form: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, eager = (model_of(False, *EXPERTS[form]) for _ in range(2))
+    compile_experts_and_head(compiled, backend="aot_eager")
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    assert difference(compiled, eager) <= 1e-6
+    assert losses_of(compiled) == pytest.approx(losses_of(eager), rel=1e-6)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # Activation, shared experts and loss, and the loss of a shorter last chunk: none a row count.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    wrong = compiled.head.chunk_losses
+    compiled.head.chunk_losses = lambda *given: tuple(1.001 * one for one in wrong(*given))
+    assert difference(compiled, eager) > 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("form", EXPERTS)
+def test_generated_code_of_experts_and_head_gives_the_eager_numbers(form: str) -> None:
+    torch._dynamo.reset()
+    compiled, eager = (model_of(True, *EXPERTS[form]) for _ in range(2))
+    compile_blocks(compiled)
+    compile_experts_and_head(compiled)
+    assert difference(compiled, eager) <= 1e-5
+    assert losses_of(compiled) == pytest.approx(losses_of(eager), rel=1e-6)

@@ -1,4 +1,4 @@
-"""tools/trace_routing.py on real checkpoints and an export: what it records is recomputed by hand."""
+"""tools/trace_routing.py on real checkpoints and exports: what it records is computed by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from tools.trace_routing import main
 
 TEXT = "3 + 4 = 7\n12 + 30 = 42\n"
 KINDS = {
-    "dropless": (),
     "router": ("model.moe.kind=deepspeed", "model.moe.gate=router", "model.moe.drop_tokens=true",
                "model.moe.eval_capacity_factor=0.5", "model.moe.min_capacity=1"),
     "own_gate": ("model.moe.kind=deepspeed", "model.moe.drop_tokens=false"),
@@ -34,8 +33,10 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    return {name: make_trained(tmp_path_factory.mktemp(name), KINDS[name]) for name in KINDS}
+def models(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """The debug recipe's model, and those of other kinds of layers."""
+    others = {name: make_trained(tmp_path_factory.mktemp(name), KINDS[name]) for name in KINDS}
+    return {"dropless": trained, **others}
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -247,7 +248,9 @@ def test_the_page_and_the_table_show_hostile_text_as_text(
     source, page = tmp_path / "text.txt", tmp_path / "routing.html"
     hostile = "<script>alert(1)</script> [bold]\x1b[31m\" onload='x' &amp; 3 + 4\n"
     source.write_text(hostile)
-    options = ("--text-file", source, "--html", page, "--layer", "1", "--rows", "99")
+    lines = tmp_path / "expert_routing.txt"
+    options: list[str | Path] = ["--text-file", source, "--html", page, "--layer", "1"]
+    options += ["--rows", "99", "--lines", lines]
     assert call(monkeypatch, "--model", models["dropless"].latest, *options) == DONE
     printed = capsys.readouterr().out
     assert "\x1b[31m" not in printed and "\\x1b" in printed and "layer 1" in printed
@@ -255,6 +258,12 @@ def test_the_page_and_the_table_show_hostile_text_as_text(
     found = Page(page.read_text(encoding="utf-8"))
     assert "script" not in found.tags and {"svg", "rect", "pre"} <= set(found.tags)
     assert "alert" in "".join(found.words) and "\x1b" not in page.read_text()
+    rows = [line.split("\t") for line in lines.read_text().splitlines()]
+    assert [int(row[0]) for row in rows] == list(range(len(rows))) and "\x1b" not in str(rows)
+    assert {row[2] for row in rows} == {"layer 1"}
+    for row in rows:
+        weights = [float(choice.split(":")[1]) for choice in row[3].split()]
+        assert len(weights) == 2 and sum(weights) == pytest.approx(1.0, abs=2e-4)
     # One field for each token and choice.
     tokens = found.tags.count("span")
     assert tokens > 20 and found.tags.count("rect") == 2 * tokens
