@@ -39,8 +39,8 @@ FINGERPRINTED_FIELDS = {
     "max_record_bytes",
 }
 
-# Choosing an engine takes seconds: once a process for each tokenizer, by its checksum.
-_chosen: dict[str, str] = {}
+# Choosing an engine takes seconds: once a process for each tokenizer, by its checksum and policy.
+_chosen: dict[tuple[str, bool], str] = {}
 
 
 class Place(NamedTuple):
