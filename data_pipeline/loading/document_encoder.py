@@ -12,8 +12,7 @@ from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
-# Choosing an engine takes seconds: once a process for each tokenizer, by its checksum, and
-# for how it reads special tokens.
+# Choosing an engine takes seconds: once a process for each tokenizer, by its checksum and policy.
 _chosen: dict[tuple[str, bool], str] = {}
 
 

@@ -58,7 +58,10 @@ class TokenizersReference:
 
     engine = "tokenizers"
     file_name = JSON_NAME
-    end_id = begin_id = pad_id = unknown_token = None
+    unknown_token: str | None = None
+    end_id: int | None = None
+    begin_id: int | None = None
+    pad_id: int | None = None
 
     def __init__(self, content: bytes, origin: str, parse_special_tokens: bool) -> None:
         self.library = _read_json(content, origin)

@@ -66,7 +66,7 @@ class SentencePieceReference:
             for number, piece in enumerate(proto.pieces)
             if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
         }
-        self.unknown_token = str(self._processor.id_to_piece(self._processor.unk_id()))
+        self.unknown_token: str | None = str(self._processor.id_to_piece(self._processor.unk_id()))
         self.end_id = _id(self._processor.eos_id())
         self.begin_id = _id(self._processor.bos_id())
         self.pad_id = _id(self._processor.pad_id())

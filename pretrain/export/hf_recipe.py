@@ -21,6 +21,7 @@ from pretrain.core.plugins import add_loaded_plugins
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.architectures.rope import resolved
 from pretrain.export.hf_files import TOKENIZER_CONFIG, unset_fields
+from pretrain.export.hf_tokenizer import sentencepiece_section, source_tokenizer
 from pretrain.export.writer import read_json_object
 
 if TYPE_CHECKING:
@@ -223,8 +224,11 @@ def _difference(field: str, value: Any, exported: Any) -> tuple[str, str]:
 
 
 def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> JsonObject:
-    if not (source / TOKENIZER).is_file():
+    path = source_tokenizer(source)
+    if path is None:
         return {"kind": "train_bpe"}
+    if path.name != TOKENIZER:
+        return sentencepiece_section(path, output, config)
     try:
         library = tokenizers.Tokenizer.from_file(str(source / TOKENIZER))
     except Exception as error:  # the library raises nothing more particular

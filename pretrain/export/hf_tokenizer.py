@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.tokenizer.agreement import case_folding_texts, disagreement, torture_texts
-from data_pipeline.tokenizer.files import JSON_NAME, MODEL_NAME
+from data_pipeline.tokenizer.files import JSON_NAME, MODEL_NAME, tokenizer_file
 from data_pipeline.tokenizer.reference import failure
+from data_pipeline.tokenizer.sentencepiece_reference import SentencePieceReference
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.checkpoint.tokenizer_files import TOKENIZER_CONFIG
+from pretrain.core.errors import CheckpointError, DataError
 from pretrain.core.files import JsonObject
 from pretrain.export.hf_open import open_tokenizer
-from pretrain.export.writer import write_json_file
+from pretrain.export.writer import read_json_object, write_json_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +71,41 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> str 
     )
     logger.warning("%s", note)
     return note
+
+
+def source_tokenizer(folder: Path) -> Path | None:
+    """Return the tokenizer of a folder that has the ids of transformers; None if there is none.
+
+    A SentencePiece model has them in the classes that an export names; others change its tokens.
+    """
+    path = tokenizer_file(folder)
+    if path.name == MODEL_NAME:
+        config = folder / TOKENIZER_CONFIG
+        named = read_json_object(config).get("tokenizer_class") if config.is_file() else None
+        return path if named in SENTENCEPIECE_CLASSES else None
+    return path if path.is_file() else None
+
+
+def sentencepiece_section(model: Path, output: Path, config: PreTrainedConfig) -> JsonObject:
+    """Return the section of a recipe for such a model, whose copy is in ``output``.
+
+    Raises:
+        CheckpointError: if it is damaged, or has more entries than the model.
+    """
+    try:
+        reference = SentencePieceReference(model.read_bytes(), str(model), False)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    if (size := len(reference.vocabulary)) > config.vocab_size:
+        raise CheckpointError(
+            f"{model} has {size} entries, and the model a vocab_size of {config.vocab_size}: copy"
+            " its own there"
+        )
+    spelled = {number: token for token, number in reference.special_tokens.items()}
+    ends = config.eos_token_id
+    end = spelled.get(ends[0] if isinstance(ends, list) else ends)
+    section = {"kind": "sentencepiece", "path": str(output / MODEL_NAME)}
+    return section | ({"eod_token": end} if end is not None else {})
 
 
 def _difference(folder: Path, tokenizer: Tokenizer) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.checkpoint.layout import TOKENIZER, list_file
+from pretrain.checkpoint.layout import list_file
 from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.checkpoint.weights import open_weights
 from pretrain.checkpoint.weights_only import fill_weights_folder, tensor_shapes
@@ -19,6 +19,7 @@ from pretrain.export.convert import Conversion, shortage
 from pretrain.export.hf_files import CONFIG, read_config
 from pretrain.export.hf_open import COMPUTED, check_stored, open_config
 from pretrain.export.hf_recipe import recipe_of
+from pretrain.export.hf_tokenizer import source_tokenizer
 from pretrain.export.name_map import Links, Zeros, to_ours
 from pretrain.export.parity import (
     check_parity,
@@ -53,7 +54,7 @@ def import_hf(
     Evaluation, generation, export and training read the folder like any other checkpoint.
 
     Args:
-        source: with ``config.json``, safetensors and, if it has one, ``tokenizer.json``.
+        source: with ``config.json``, safetensors and, if it has one, a tokenizer.
         memory_bytes: as in :func:`pretrain.export.convert.export_hf`.
 
     Raises:
@@ -70,10 +71,10 @@ def import_hf(
     links = target.links(recipe.model)
     left_out = _left_out(theirs, links, recipe)
     dense, experts = tensor_shapes(recipe.model)
-    tokenizer = source / TOKENIZER
+    tokenizer = source_tokenizer(source)
     with published_folder(output, overwrite) as folder:
         tensors = to_ours(links, theirs, dense | experts)
-        fill_weights_folder(folder, recipe, tensors, tokenizer if tokenizer.is_file() else None)
+        fill_weights_folder(folder, recipe, tensors, tokenizer)
         ours = open_weights(folder)
         # Tensors that must be zero have no counterpart; _left_out has listed those that are not.
         check_same_numbers([link for link in links if not isinstance(link, Zeros)], ours, theirs)

@@ -16,6 +16,8 @@ from data_pipeline.preprocess.workspace import Output
 from data_pipeline.shards.manifest import Manifest, load_manifest, verify
 from data_pipeline.shards.split import SPLITS
 from data_pipeline.shards.token_stream import open_split
+from data_pipeline.tokenizer.config import TrainBPE
+from data_pipeline.tokenizer.training import train_bpe
 from pretrain.config.load import load_recipe
 from tests.support.tiny_run import RECIPE, WORDS, Tiny, start_ranks
 from tests.support.tool_runs import run_here
@@ -93,7 +95,7 @@ def test_a_run_resumes_and_its_checkpoint_generates(project: Tiny, checkpoint: P
     )
     assert done.returncode == 0 and "the router" in done.stdout, done.stderr
     done = run_here("inspect_data.py", project.data, "--sample", "1", "--split", "validation")
-    assert done.returncode == 0 and "ガ" in done.stdout, done.stderr
+    assert done.returncode == 0 and "every expert" in done.stdout, done.stderr
 
 
 def test_an_export_has_the_ids_in_a_class_of_transformers(
@@ -146,3 +148,36 @@ def test_a_stream_is_encoded_by_the_library_in_training(project: Tiny) -> None:
         project.arguments(project.folder / "stream-run", *settings, steps=2), project.folder
     )
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+
+
+def test_a_run_without_any_special_token_trains_and_writes_after_a_prompt(project: Tiny) -> None:
+    folder = project.folder / "plain"
+    folder.mkdir()
+    config = TrainBPE(vocab_size=300)
+    content = json.loads(train_bpe([" ".join(WORDS)] * 3, config).content)
+    vocabulary = {name: number - 1 for name, number in content["model"]["vocab"].items() if number}
+    content["model"]["vocab"] = vocabulary
+    (folder / "plain.json").write_text(json.dumps(content | {"added_tokens": []}))
+    settings = [
+        f"data.path={folder / 'data'}",
+        "data.fill_in_the_middle=null",
+        f"data.tokenizer={{kind: file, path: {folder / 'plain.json'}, append_eod: false}}",
+    ]
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    done = run_here("preprocess_data.py", "--recipe", project.recipe, *overrides)
+    assert done.returncode == 0 and "end of document is no token" in done.stdout, done.stderr
+    run = folder / "run"
+    [rank] = start_ranks(project.arguments(run, *settings, steps=2), project.folder, world_size=1)
+    assert rank.wait() == 0, rank.stderr
+    checkpoint = run / "checkpoints" / "step_2"
+    generate = ("generate.py", "--model", checkpoint, "--max-new-tokens", "4", "--prompt")
+    done = run_here(*generate, "the router")
+    assert done.returncode == 0 and "the router" in done.stdout, done.stderr
+    done = run_here(*generate, "")
+    assert done.returncode == 2 and "no token that ends a document" in done.stderr
+    done = run_here("evaluate.py", "--checkpoint", checkpoint, "--window", "32", "--no-bigram")
+    assert done.returncode == 0, done.stderr
+    done = run_here(
+        "convert_checkpoint.py", "--checkpoint", checkpoint, "--to", "hf", "--output", folder / "hf"
+    )
+    assert done.returncode == 4 and "data.tokenizer.eod_token" in done.stderr

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_pipeline.tokenizer.config import TrainSentencePiece
+from data_pipeline.tokenizer.sentencepiece_training import train_sentencepiece
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe
 from pretrain.checkpoint.validate import open_whole_weights
@@ -91,6 +93,22 @@ def test_there_and_back_is_the_same_bit_for_bit(
     tied_copy = {"lm_head.weight"} if recipe.model.tie_word_embeddings else set()
     assert set(first.names) - tied_copy == set(again.names)
     assert all(same_bits(first.read(name), again.read(name)) for name in again.names)
+
+
+def test_a_sentencepiece_tokenizer_comes_with_its_export(tmp_path: Path) -> None:
+    config = TrainSentencePiece(kind="train_sentencepiece", vocab_size=90, eod_token="<|end|>")
+    model = train_sentencepiece(["the router sends each token to two experts"] * 9, config)
+    source = their_folder(tmp_path, "mixtral_8x7b_mini", model, torch.float32)
+    # Transformers has written no tokenizer; that of the export has.
+    (source / TOKENIZER).unlink()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (source / name).write_bytes((tmp_path / "hf" / name).read_bytes())
+    import_hf(source, tmp_path / "ours", overwrite=False)
+    assert (tmp_path / "ours" / "tokenizer.model").read_bytes() == model.content
+    ours, theirs = (open_generator(tmp_path / name, torch.device("cpu")) for name in ("ours", "hf"))
+    text = "the two  routers ½"
+    assert ours.encode(text) == theirs.encode(text) == model.encode([text])[0].tolist()
+    assert ours.eod_id == theirs.eod_id == 2
 
 
 def test_one_choice_that_is_divided_by_itself_comes_as_it_is_with_a_warning(
