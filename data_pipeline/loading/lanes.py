@@ -69,9 +69,7 @@ def positions(global_batch_size: int, micro_batch_size: int, lanes: int) -> Iter
             yield Position(micro_batch, (row * micro_batches + micro_batch) % lanes)
 
 
-def units_of_lane(
-    num_units: int, lane: int, lanes: int, epoch: int, seed: str | None
-) -> list[int]:
+def units_of_lane(num_units: int, lane: int, lanes: int, epoch: int, seed: str | None) -> list[int]:
     """The units of a lane in an epoch, in their order: each unit is in exactly one lane.
 
     Lanes take turns at having one unit more than others.

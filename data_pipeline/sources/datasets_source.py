@@ -177,9 +177,7 @@ class HubDatasets(Source[DatasetsSource]):
                     yield row, batch
                     row += batch.num_rows
             return
-        tables = self._stream.tables(
-            None if self._is_one_unit else unit.start, first, BATCH_ROWS
-        )
+        tables = self._stream.tables(None if self._is_one_unit else unit.start, first, BATCH_ROWS)
         while True:
             try:
                 found = next(tables, None)

@@ -243,9 +243,7 @@ class Checkpoints:
             "phase": parts.timeline.at(progress.step - 1).name or None,
             "progress": asdict(progress),
             # Collective, if ranks read different parts of the data.
-            "data": parts.loader.state(
-                progress.step, parts.metrics.engine.topology.all_gather
-            ),
+            "data": parts.loader.state(progress.step, parts.metrics.engine.topology.all_gather),
             "guards": {**parts.guards.state()},
         }
 

@@ -32,7 +32,9 @@ S, EOD = WIDTH + 1, 256
 def bytes_tokenizer() -> str:
     """Every byte is a token, and 256 ends a document."""
     letters = sorted(ByteLevel.alphabet())
-    library = Library(BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    library = Library(
+        BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+    )
     library.pre_tokenizer = ByteLevel(add_prefix_space=False)
     library.decoder = ByteLevelDecoder()
     library.add_special_tokens(["<|endoftext|>"])

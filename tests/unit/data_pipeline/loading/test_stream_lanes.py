@@ -159,7 +159,11 @@ def test_a_mixture_keeps_its_shares_in_every_lane_and_over_resumes(
     sizes = {"a": 8, "b": 4, "c": 2}
     texts = {}
     for number, (name, shards) in enumerate(sizes.items()):
-        rows = [f"{name}{shard:02}r{row:04}".ljust(15, ".") for shard in range(shards) for row in range(40)]
+        rows = [
+            f"{name}{shard:02}r{row:04}".ljust(15, ".")
+            for shard in range(shards)
+            for row in range(40)
+        ]
         texts[name] = write_hub_folder(tmp_path / name, shards, 40, texts=rows)
     sections = ", ".join(f'"{name}": {hub_source(tmp_path / name)}' for name in sizes)
     settings = (
