@@ -163,7 +163,7 @@ def test_killed_and_resumed_on_other_ranks_a_streamed_mini_is_the_run_that_was_n
         (row["kind"], row["step"]) for row in expected
     ]
     for row, other in zip(rows, expected, strict=True):
-        # AdamW makes more of a rounding with every step, most of all with thousands of small experts.
+        # AdamW makes more of a rounding with every step, most of all with many small experts.
         tolerance = 1e-6 if row["step"] <= 5 else 1e-4
         for name in {"loss", "validation_loss"} & row.keys():
             assert row[name] == pytest.approx(other[name], rel=tolerance, abs=0), row["step"]
