@@ -72,7 +72,7 @@ def positions(global_batch_size: int, micro_batch_size: int, lanes: int) -> Iter
 def units_of_lane(num_units: int, lane: int, lanes: int, epoch: int, seed: str | None) -> list[int]:
     """The units of a lane in an epoch, in their order: each unit is in exactly one lane.
 
-    Lanes take turns at having one unit more than others.
+    Over epochs all lanes have one unit more than others equally often.
 
     Args:
         seed: of the epoch's order; None keeps the order of the units.

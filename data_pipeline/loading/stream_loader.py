@@ -247,7 +247,7 @@ class StreamLoader:
             if parts > 1 and is_new and self.weights[name]:
                 logger.warning(
                     "the source '%s' has %d units for %d lanes: each unit is read by %d lanes, "
-                    "which take its records in turn",
+                    "which take its records alternately",
                     name,
                     len(source.units),
                     lanes,

@@ -41,6 +41,7 @@ NETWORK_ERRORS = {
     "RequestException",
     "IncompleteRead",
 }
+PARQUET = ".parquet"
 OFFLINE = "OfflineModeIsEnabled"
 # The package raises it for a file that it could not look at, by an address without its scheme.
 MANGLED_ADDRESS = "NonHttpUrlClientError"
@@ -125,19 +126,35 @@ class HubStream:
         if not first_row:
             yield from stream.iter(rows)
             return
-        # Row groups of Parquet become shards of their own; another kind of file stays one.
-        parts = stream.reshard()
-        counts = _rows_of_groups(self.shards[shard], self.builder) if parts.num_shards > 1 else []
-        if len(counts) != parts.num_shards:
+        file = self.shards[shard]
+        # Only a Parquet file says where its rows are.
+        if file.endswith(PARQUET):
+            yield from self._row_groups(file, first_row, rows)
+        else:
             yield from stream.skip(first_row).iter(rows)
-            return
-        start = 0
-        for number, count in enumerate(counts):
-            if start + count > first_row:
-                part = parts.shard(parts.num_shards, number)
-                skipped = first_row - start
-                yield from (part.skip(skipped) if skipped > 0 else part).iter(rows)
-            start += count
+
+    def _row_groups(self, file: str, first_row: int, rows: int) -> Iterator[pyarrow.Table]:
+        """Tables of a Parquet file from a row on; row groups before it are not read."""
+        import pyarrow
+        from datasets import DownloadConfig
+        from datasets.utils.file_utils import xopen
+        from pyarrow.parquet import ParquetFile
+
+        builder = self.builder
+        config = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+        with xopen(file, "rb", download_config=config) as opened:
+            parquet = ParquetFile(opened)
+            footer = parquet.metadata
+            sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+            group = skipped = 0
+            while group < len(sizes) and skipped + sizes[group] <= first_row:
+                skipped += sizes[group]
+                group += 1
+            rest = first_row - skipped
+            for batch in parquet.iter_batches(rows, row_groups=[*range(group, len(sizes))]):
+                if batch.num_rows > rest:
+                    yield pyarrow.Table.from_batches([batch.slice(rest)])
+                rest = max(rest - batch.num_rows, 0)
 
     def _persist(self, action: Callable[[], Value]) -> Value:
         waits = self.patience.waits()
@@ -240,15 +257,3 @@ def timeouts(patience: Patience) -> dict[str, dict[str, object]]:
     )
     options: dict[str, object] = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     return {"http": options, "https": options}
-
-
-def _rows_of_groups(file: str, builder: DatasetBuilder) -> list[int]:
-    """Rows of each row group of a Parquet file, from its footer."""
-    from datasets import DownloadConfig
-    from datasets.utils.file_utils import xopen
-    from pyarrow.parquet import ParquetFile
-
-    config = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
-    with xopen(file, "rb", download_config=config) as opened:
-        footer = ParquetFile(opened).metadata
-        return [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]

@@ -51,7 +51,7 @@ class CheckpointError(PipelineError):
 
 
 class StorageError(PipelineError):
-    """No space left, or a file that cannot be written (exit code 5)."""
+    """No space left, a file that cannot be written, a hub that is away (exit code 5)."""
 
     exit_code = IO_FAILED
 

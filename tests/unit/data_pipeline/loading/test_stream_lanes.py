@@ -111,7 +111,7 @@ def test_a_resume_reads_no_record_before_the_groups_that_it_was_in(
 def test_a_rank_reads_its_own_shards_only(
     source: tuple[str, list[str]], datasets: Datasets
 ) -> None:
-    section, texts = source
+    section, _ = source
     ranks = Ranks(datasets, 2, section)
     places: list[set[str]] = []
     for loader in ranks.loaders:
@@ -158,7 +158,7 @@ def test_a_mixture_keeps_its_shares_in_every_lane_and_over_resumes(
 ) -> None:
     sizes = {"a": 8, "b": 4, "c": 2}
     texts = {}
-    for number, (name, shards) in enumerate(sizes.items()):
+    for name, shards in sizes.items():
         rows = [
             f"{name}{shard:02}r{row:04}".ljust(15, ".")
             for shard in range(shards)
