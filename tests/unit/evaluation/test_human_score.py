@@ -8,13 +8,14 @@ import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nltk.metrics.agreement import AnnotationTask
 from nltk.metrics.distance import binary_distance, interval_distance
 
 from pretrain.core.errors import DataError
-from pretrain.evaluation.human.agreement import krippendorff_alpha
+from pretrain.evaluation.human.agreement import Level, krippendorff_alpha
 from pretrain.evaluation.human.form import form, script_json
 from pretrain.evaluation.human.score import mean_interval, score_study, sign_test, wilson
 from pretrain.evaluation.human.study import (
@@ -62,9 +63,13 @@ def test_alpha_equals_that_of_nltk_on_complete_ratings() -> None:
             for unit, value in enumerate(row)
         ]
         units = [list(map(float, column)) for column in zip(*table, strict=True)]
-        for level, distance in (("nominal", binary_distance), ("interval", interval_distance)):
+        distances: dict[Level, Any] = {
+            "nominal": binary_distance,
+            "interval": interval_distance,
+        }
+        for level, distance in distances.items():
             reference = AnnotationTask(data, distance=distance).alpha()
-            assert krippendorff_alpha(units, level) == pytest.approx(reference)  # type: ignore[arg-type]
+            assert krippendorff_alpha(units, level) == pytest.approx(reference)
 
 
 def test_alpha_says_nothing_without_pairs_or_differences() -> None:
