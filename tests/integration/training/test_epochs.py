@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.layout import complete_checkpoints, pointers, read_run_recipe, read_state
+from pretrain.checkpoint.layout import complete_checkpoints, pointers, read_run_recipe
 from pretrain.config.epochs import with_known_length
 from pretrain.config.load import load_recipe
 from pretrain.config.timeline import Timeline
@@ -87,6 +87,8 @@ def test_a_killed_run_of_three_epochs_continues_on_other_ranks_and_keeps_each_ep
     tiny: Tiny, tmp_path: Path
 ) -> None:
     settings = ("train.epochs=3", "checkpoint.keep_epochs=true", "schedule.kind=linear")
+    # Fewer steps than of the tiny recipe's length.
+    settings += ("train.sequence_length=64",)
     assert run_ranks(tiny, tmp_path / "whole", 1, *settings) == [0]
     whole = curve(tmp_path / "whole")
     newest = complete_checkpoints(tmp_path / "whole" / "checkpoints")[0]
@@ -113,11 +115,6 @@ def test_a_killed_run_of_three_epochs_continues_on_other_ranks_and_keeps_each_ep
     assert losses[0].keys() == losses[1].keys()
     for step, loss in losses[0].items():
         assert losses[1][step] == pytest.approx(loss, rel=1e-5)
-    # More epochs continue the finished run.
-    assert run_ranks(tiny, run, 1, "train.epochs=4", *settings[1:2]) == [0]
-    more = complete_checkpoints(run / "checkpoints")[0]
-    assert read_state(more)["step"] == ceil(4 * samples / 64)
-    assert pointers(run / "checkpoints")["epoch_4"] == more.name
 
 
 @pytest.mark.usefixtures("in_process")
