@@ -107,7 +107,7 @@ def main() -> None:
         "torch": torch.__version__,
         "steps": STEPS,
         "settings": SETTINGS,
-        **result,
+        **{name: value for name, value in result.items() if name != "trained_position"},
         "data": "data/quickstart",
     }
     arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -51,18 +51,24 @@ def hardware_rows(card: CardConfig, use: HardwareUse) -> list[Row]:
     wall = use["wall_seconds"] / SECONDS_PER_HOUR
     kwh, measured = energy_kwh(card, use)
     how = "measured" if measured else "an estimate, not measured"
-    cores = f", {use['cores_per_device']} cores each" if use["is_cpu"] else ""
+    core = "core" if use["cores_per_device"] == 1 else "cores"
+    cores = f", {use['cores_per_device']} {core} each" if use["is_cpu"] else ""
     devices = "device" if use["devices"] == 1 else "devices"
     rows: list[Row] = [
         ["hardware, of the newest start", f"{use['devices']} {devices}: {use['device']}{cores}"],
-        ["device hours", hours],
-        ["wall hours", wall],
+        ["device hours", _shown(hours)],
+        ["wall hours", _shown(wall)],
         ["starts", use["starts"]],
-        [f"energy, kWh ({how})", kwh],
+        [f"energy, kWh ({how})", _shown(kwh)],
     ]
     if card.grid_kg_per_kwh is not None:
-        rows.append(["carbon, kg of CO2 equivalent", kwh * card.grid_kg_per_kwh])
+        rows.append(["carbon, kg of CO2 equivalent", _shown(kwh * card.grid_kg_per_kwh)])
     return rows
+
+
+def _shown(value: float) -> str:
+    """A small run has used something too: four decimals would show nothing of it."""
+    return f"{value:.4f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def hardware_formulas(card: CardConfig, use: HardwareUse) -> list[str]:

@@ -42,12 +42,11 @@ def _shown(name: str) -> str:
 
 def _draw_lengths(axes: Axes, variants: Mapping[str, Mapping[str, LengthScore]]) -> None:
     for name, scores in variants.items():
-        axes.errorbar(
+        # Without standard errors: all points are of the same text, which most of their error is of.
+        axes.plot(
             [int(length) for length in scores],
             [score["loss"] for score in scores.values()],
-            yerr=[score["standard_error"] or 0.0 for score in scores.values()],
             marker="o",
-            capsize=3,
             label=_shown(name),
         )
     axes.set(xlabel="context, tokens", ylabel="loss, nats a token")

@@ -147,6 +147,12 @@ def test_without_a_counter_energy_is_an_estimate_that_says_so() -> None:
     assert "| energy, kWh (an estimate, not measured) | 0.1600 |" in cpu
 
 
+def test_a_small_run_has_used_something() -> None:
+    section = used([], joules=0.0, is_cpu=True, cores_per_device=1, devices=1, device_seconds=8.64)
+    assert "| energy, kWh (an estimate, not measured) | 2.4e-05 |" in section
+    assert "| device hours | 0.0024 |" in section and "1 core each" in section
+
+
 def test_hardware_that_was_not_counted_is_not_invented() -> None:
     card = model_card(load_recipe("debug"), STATE)
     assert "## Hardware and energy\n\nNot recorded.\n" in card
