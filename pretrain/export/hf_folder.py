@@ -71,8 +71,8 @@ def write_hf_folder(
             unchanged.
 
     Raises:
-        CheckpointError: if the tokenizer has no end, ``ours`` does not belong to ``model``, or a
-            tensor does not read back as it was written.
+        CheckpointError: if the tokenizer has no end-of-document token, ``ours`` does not belong to
+            ``model``, or a tensor does not read back as it was written.
     """
     if tokenizer.eod_id is None:
         raise CheckpointError(
