@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.moe.sharded_moe import TopKGate
 from torch.nn import functional
 
 from data_pipeline.shards.token_stream import open_split
@@ -63,7 +64,7 @@ def by_hand(
     for number, block in enumerate(trained.model.layers):
         assert isinstance(block, Block)
         for module in block.modules():
-            if isinstance(module, TopKRouter | ProductKeys):
+            if isinstance(module, TopKRouter | ProductKeys | TopKGate):
                 routers[number] = module
                 handles.append(
                     module.register_forward_pre_hook(
@@ -87,10 +88,13 @@ def by_hand(
     return chosen, loss
 
 
-def top_choice(router: TopKRouter, x: torch.Tensor) -> list[tuple[int, float]]:
-    probs = (router.gate.weight @ x).softmax(dim=0).tolist()
-    best = sorted(range(len(probs)), key=lambda expert: -probs[expert])[: router.top_k]
-    total = sum(probs[expert] for expert in best) if router.kind.norm_topk_prob else 1.0
+def top_choice(router: TopKRouter | TopKGate, x: torch.Tensor) -> list[tuple[int, float]]:
+    matrix: Any = router.gate if isinstance(router, TopKRouter) else router.wg
+    top_k = int(router.top_k if isinstance(router, TopKRouter) else router.k)
+    probs = (matrix.weight @ x).softmax(dim=0).tolist()
+    best = sorted(range(len(probs)), key=lambda expert: -probs[expert])[:top_k]
+    # Both renormalise the weights of two experts.
+    total = sum(probs[expert] for expert in best)
     return [(expert, probs[expert] / total) for expert in best]
 
 
@@ -106,7 +110,7 @@ def product_choice(keys: ProductKeys, x: torch.Tensor) -> list[tuple[int, float]
     return found
 
 
-@pytest.mark.parametrize("kind", ["dropless", "peer", "router"])
+@pytest.mark.parametrize("kind", ["dropless", "peer", "router", "own_gate"])
 def test_choices_weights_and_loss_are_those_that_are_computed_by_hand(
     kind: str,
     models: dict[str, Trained],
