@@ -22,6 +22,7 @@ import yaml
 from pretrain.config.load import load_recipe
 from pretrain.core import errors, interrupts
 from pretrain.sweeps.axes import read_axes_file
+from pretrain.sweeps.mixes import read_custom_datasets
 
 ROOT = next(
     folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file()
@@ -191,6 +192,9 @@ def test_a_recipe_is_valid(page: Path, text: str, tmp_path: Path) -> None:
         base, axes = read_axes_file(str(path))
         assert base is not None and axes
         load_recipe(base)
+    elif "mixes" in content:
+        _, mixes = read_custom_datasets(str(path))
+        assert mixes
     elif not page.name.startswith("extending"):  # whose plugins another test imports
         load_recipe(str(path))
 
