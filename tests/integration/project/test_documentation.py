@@ -244,7 +244,7 @@ def classified(page: Path, words: list[str]) -> Command:
     place, rest = words[script], tuple(words[script + 1 :])
     if place.startswith("launchers/") or place == "pretrain":
         module = "pretrain.run.arguments"
-    elif place.startswith("tools/"):
+    elif place.startswith("tools/") and place.endswith(".py"):
         module = place.removesuffix(".py").replace("/", ".")
     elif place in SCRIPTS:
         module = SCRIPTS[place].partition(":")[0].replace("pretrain.tools.", "tools.")
@@ -353,6 +353,9 @@ def test_a_command_is_real(command: Command, refusals: dict[Command, str | None]
         assert refusals[command] is None
         script = next((word for word in command.words if word.startswith("launchers/")), None)
         assert script is None or (ROOT / script).is_file()
+    elif name.startswith("tools/"):
+        # A shell script, with a test of its options.
+        assert (ROOT / name).is_file()
     elif name == "make":
         makefile = (ROOT / "Makefile").read_text("utf-8")
         for target in command.words[1:]:
