@@ -60,6 +60,8 @@ class Analysis(TypedDict):
     active_share: float
     parameters_padding: int
     parameters_experts: int
+    experts_total: int
+    experts_per_token: int
     components: dict[str, int]
     components_active: dict[str, int]
     sequence_length: int
@@ -172,6 +174,8 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
         "active_share": size.parameters_active / size.parameters_total,
         "parameters_padding": size.parameters_padding,
         "parameters_experts": size.parameters_experts,
+        "experts_total": model.total_experts,
+        "experts_per_token": 0 if model.moe is None else model.moe.experts_per_token,
         "components": size.components,
         "components_active": size.components_active,
         "sequence_length": train.sequence_length,
@@ -231,8 +235,13 @@ def cost_rows(result: Analysis) -> dict[str, str]:
     """The rows of the table of costs."""
     per_token = result["kv_cache_bytes_per_token"]
     full = result["kv_cache_bytes_full_context"]
+    experts = "none"
+    if used := result["experts_per_token"]:
+        total = result["experts_total"]
+        experts = f"at most {used:,} of {total:,} a token in each such layer ({used / total:.2%})"
     return {
-        "active share": f"{result['active_share']:.1%}",
+        "active share": f"{result['active_share']:.1%} of all parameters",
+        "routed experts": experts,
         "vocabulary padding": f"{result['parameters_padding']:,} parameters more in memory",
         "FLOPs a token": (
             f"{result['flops_per_token']:.4g}, forward and backward, in sequences of"

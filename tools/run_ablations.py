@@ -15,9 +15,10 @@ startup.prepare()  # before the slow imports
 from pretrain.core.cli import command_parser
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.sweeps.axes import read_axes_file
-from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
+from pretrain.sweeps.command import design_from, run_sweep
 from pretrain.sweeps.mixes import AXIS as DATA_MIX
 from pretrain.sweeps.mixes import read_custom_datasets
+from pretrain.sweeps.options import EXIT_CODES, add_sweep_options
 from pretrain.sweeps.study import Design
 
 EXAMPLES = f"""\

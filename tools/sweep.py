@@ -15,7 +15,8 @@ startup.prepare()  # before the slow imports
 from pretrain.core.cli import add_recipe_option, command_parser
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.sweeps.axes import parse_axis_option, read_axes_file
-from pretrain.sweeps.command import EXIT_CODES, add_sweep_options, design_from, run_sweep
+from pretrain.sweeps.command import design_from, run_sweep
+from pretrain.sweeps.options import EXIT_CODES, add_sweep_options
 from pretrain.sweeps.study import Design
 
 EXAMPLES = f"""\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from pretrain.checkpoint.layout import (
 )
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject, file_sha256
+
+SETTLED_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,20 @@ class CheckpointWatch:
     def new(self) -> list[CheckpointReference]:
         """Return those that are new or have got another name, oldest first.
 
-        It costs one ``stat`` if nothing was published: a rename changes the folder's time.
+        It mostly costs one ``stat``: publishing and pointing change the folder's time.
         """
         try:
             changed_ns = self._folder.stat().st_mtime_ns
         except FileNotFoundError:
             return []
-        if changed_ns == self._changed_ns:
+        # Two changes within one tick of the clock have the same time, so a young one is looked at
+        # again.
+        if changed_ns == self._changed_ns and time.time_ns() - changed_ns > SETTLED_NS:
             return []
         self._changed_ns = changed_ns
         named: dict[str, list[str]] = {}
-        for name, checkpoint in pointers(self._folder).items():
-            named.setdefault(checkpoint, []).append(name)
+        for name, target in pointers(self._folder).items():
+            named.setdefault(target, []).append(name)
         found = []
         for checkpoint in reversed(complete_checkpoints(self._folder)):
             try:

@@ -1,4 +1,4 @@
-"""Scores of lm-evaluation-harness in a sweep: what ``evaluation.tasks`` measured of each run's end."""
+"""Scores of lm-evaluation-harness in a sweep: what ``evaluation.tasks`` measured of each run."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ import yaml
 from pretrain.config.load import load_recipe
 from pretrain.core import errors, interrupts
 from pretrain.sweeps.axes import read_axes_file
+from pretrain.sweeps.mixes import read_custom_datasets
 
 ROOT = next(
     folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file()
@@ -191,6 +192,9 @@ def test_a_recipe_is_valid(page: Path, text: str, tmp_path: Path) -> None:
         base, axes = read_axes_file(str(path))
         assert base is not None and axes
         load_recipe(base)
+    elif "mixes" in content:
+        _, mixes = read_custom_datasets(str(path))
+        assert mixes
     elif not page.name.startswith("extending"):  # whose plugins another test imports
         load_recipe(str(path))
 
@@ -240,7 +244,7 @@ def classified(page: Path, words: list[str]) -> Command:
     place, rest = words[script], tuple(words[script + 1 :])
     if place.startswith("launchers/") or place == "pretrain":
         module = "pretrain.run.arguments"
-    elif place.startswith("tools/"):
+    elif place.startswith("tools/") and place.endswith(".py"):
         module = place.removesuffix(".py").replace("/", ".")
     elif place in SCRIPTS:
         module = SCRIPTS[place].partition(":")[0].replace("pretrain.tools.", "tools.")
@@ -349,6 +353,9 @@ def test_a_command_is_real(command: Command, refusals: dict[Command, str | None]
         assert refusals[command] is None
         script = next((word for word in command.words if word.startswith("launchers/")), None)
         assert script is None or (ROOT / script).is_file()
+    elif name.startswith("tools/"):
+        # A shell script, with a test of its options.
+        assert (ROOT / name).is_file()
     elif name == "make":
         makefile = (ROOT / "Makefile").read_text("utf-8")
         for target in command.words[1:]:

@@ -130,8 +130,8 @@ def test_plugins_ds_config_and_launcher_are_kept(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_command_that_continues_a_sweep_keeps_how_it_is_run(seed: int, tmp_path: Path) -> None:
-    from pretrain.sweeps.command import add_sweep_options
     from pretrain.sweeps.launch import continuing_command
+    from pretrain.sweeps.options import add_sweep_options
 
     source = random.Random(seed)
     parser = argparse.ArgumentParser()

@@ -72,11 +72,8 @@ class Kernel(Component):
         if cls.max_head_dim is not None and demands.widest_head > cls.max_head_dim:
             missing.add(f"heads_wider_than_{cls.max_head_dim}")
         if cls.latents is not None and demands.latents != cls.latents:
-            missing.add(
-                "anything_but_latents_of_{}_elements_with_their_key_and_{}_without".format(
-                    *cls.latents
-                )
-            )
+            with_key, alone = cls.latents
+            missing.add(f"anything_but_latents_of_{alone}_elements_and_{with_key}_with_their_key")
         return sorted(missing)
 
 
@@ -150,7 +147,7 @@ class Flash(Kernel):
 
 # Training and prompts are sdpa's, which computes everything; what decodes must be FlashMLA's own.
 class FlashMLA(Kernel):
-    """Latent attention that decodes by the package flash_mla (DeepSeek 2025), and trains by sdpa."""
+    """Latent attention that decodes by the package flash_mla (DeepSeek 2025); sdpa trains it."""
 
     implementation: ClassVar[str] = "pretrain.model.attention.kernels.flash_mla:flash_mla_attention"
     dropout: ClassVar[bool] = True

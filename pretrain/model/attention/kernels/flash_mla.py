@@ -53,7 +53,7 @@ def flash_mla_attention(
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> bool:
-    """Whether the package computes this; the answer to all else is ``sdpa``'s."""
+    """Whether the package computes this; all else is computed by ``sdpa``."""
     return (
         k is v
         and tuple(k.shape[1::2]) == (1, KEY_SIZE)
@@ -70,7 +70,7 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> 
 def _schedule(
     batch_size: int, num_heads: int, num_queries: int, num_keys: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lengths [B] int32, and how the package divides the work: the same for all layers of a step."""
+    """Lengths [B] int32, and how the package divides the work: one for all layers of a step."""
     lengths_B = torch.full((batch_size,), num_keys, dtype=torch.int32, device=device)
     metadata, splits = get_mla_metadata(lengths_B, num_queries * num_heads, 1)
     return lengths_B, metadata, splits

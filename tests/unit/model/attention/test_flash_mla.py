@@ -193,7 +193,7 @@ def test_without_package_or_hopper_it_is_refused_in_a_sentence(
 @pytest.mark.parametrize(
     "overrides,told",
     [
-        ((), "anything_but_latents_of_576"),
+        ((), "anything_but_latents_of_512"),
         ((LATENTS.replace("KERNEL", "flash_mla").replace("512", "256"),), "anything_but_latents"),
         ((LATENTS.replace("KERNEL", "flash_mla, decode: plain"),), "anything_but_latents"),
         ((LATENTS.replace("KERNEL", "flash_mla, sliding_window: 8"),), "sliding_window"),
