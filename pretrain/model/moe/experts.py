@@ -103,6 +103,36 @@ def experts_of_one_token(
     return torch.cat(outputs)
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """x [R, in] times the transposed matrix [out, in] of each row's expert.
+
+    The backward pass of torch's own product returns the gradient of a transposed weight, which
+    autograd then copies into the weight's layout: as slow on a CPU as the product itself. Here it
+    has that layout from the start.
+    """
+
+    @staticmethod
+    def forward(ctx, x_RI, weight_eOI, offsets_e):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_RI, weight_eOI, offsets_e)
+        return functional.grouped_mm(x_RI, weight_eOI.transpose(-2, -1), offs=offsets_e)
+
+    @staticmethod
+    def backward(ctx, grad_RO):  # type: ignore[no-untyped-def]
+        x_RI, weight_eOI, offsets_e = ctx.saved_tensors
+        x_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = functional.grouped_mm(grad_RO, weight_eOI, offs=offsets_e)
+        if ctx.needs_input_grad[1]:
+            weight_gradient = functional.grouped_mm(grad_RO.T, x_RI, offs=offsets_e)
+        return x_gradient, weight_gradient, None
+
+
+def _grouped_linear(
+    x_RI: torch.Tensor, weight_eOI: torch.Tensor, offsets_e: torch.Tensor
+) -> torch.Tensor:
+    return _GroupedLinear.apply(x_RI, weight_eOI, offsets_e)
+
+
 def experts_grouped_mm(
     x_RD: torch.Tensor,
     counts_e: torch.Tensor,
@@ -114,22 +144,16 @@ def experts_grouped_mm(
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
     """All experts at once by ``torch.nn.functional.grouped_mm``; the counts stay on the device."""
-    # grouped_mm takes the end of each group, int32; the weights are [e, out, in], it multiplies
-    # [in, out].
+    # grouped_mm takes the end of each group, int32.
     offsets_e = counts_e.cumsum(0, dtype=torch.int32)
-    first_RX = functional.grouped_mm(x_RD, w1_eXD.transpose(-2, -1), offs=offsets_e)
-    third_RX = functional.grouped_mm(x_RD, w3_eXD.transpose(-2, -1), offs=offsets_e)
+    first_RX = _grouped_linear(x_RD, w1_eXD, offsets_e)
+    third_RX = _grouped_linear(x_RD, w3_eXD, offsets_e)
     if biases is None:
-        return functional.grouped_mm(
-            form.hidden(first_RX, third_RX), w2_eDF.transpose(-2, -1), offs=offsets_e
-        )
+        return _grouped_linear(form.hidden(first_RX, third_RX), w2_eDF, offsets_e)
     # grouped_mm takes no bias: each row's own is looked up.
     expert_R = torch.repeat_interleave(counts_e, output_size=x_RD.shape[0])
     hidden_RF = form.hidden(first_RX + biases.b1_eX[expert_R], third_RX + biases.b3_eX[expert_R])
-    return (
-        functional.grouped_mm(hidden_RF, w2_eDF.transpose(-2, -1), offs=offsets_e)
-        + biases.b2_eD[expert_R]
-    )
+    return _grouped_linear(hidden_RF, w2_eDF, offsets_e) + biases.b2_eD[expert_R]
 
 
 class Experts(nn.Module):
