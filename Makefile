@@ -94,4 +94,4 @@ soak: install
 		--output benchmarks/results/soak.json
 
 clean:
-	rm -rf data/quickstart data/debug runs/quickstart runs/debug
+	rm -rf data/quickstart data/quickstart_sentencepiece data/debug runs/quickstart runs/debug

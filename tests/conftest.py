@@ -19,7 +19,15 @@ pytest_plugins = (
 # left alone with a long one at the end.
 LONGEST_FIRST = (
     "integration/distributed/test_same_numbers_everywhere.py",
+    "integration/data_pipeline/test_streamed_recipes.py",
     "integration/project/test_packaging.py",
+    "integration/training/test_epochs.py",
+    "integration/data_pipeline/test_source_kaggle.py",
+    "integration/guards/test_rollback_learning_rate.py",
+    "integration/data_pipeline/test_sentencepiece_run.py",
+    "unit/data_pipeline/tokenizer/test_generated_documents.py",
+    "unit/data_pipeline/loading/test_stream_lanes.py",
+    "integration/evaluation/test_continuous_evaluation.py",
     "integration/faults/test_checkpoints.py",
     "integration/data_pipeline/test_preprocess_tool.py",
     "integration/distributed/test_option_pairs.py",

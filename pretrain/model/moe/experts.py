@@ -107,8 +107,8 @@ class _GroupedLinear(torch.autograd.Function):
     """x [R, in] times the transposed matrix [out, in] of each row's expert.
 
     The backward pass of torch's own product returns the gradient of a transposed weight, which
-    autograd then copies into the weight's layout: as slow on a CPU as the product itself. Here it
-    has that layout from the start.
+    autograd then copies into the weight's layout; here it has that layout from the start. And the
+    weight itself is saved, no view of it, which would keep the memory that ZeRO-3 means to free.
     """
 
     @staticmethod
