@@ -21,13 +21,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.tokenizer.files import tokenizer_file
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.analysis.routing_trace import Replay, RoutingTrace, read_trace, record, replay
 from pretrain.analysis.routing_views import lines_of, page_of, shown, table_of
-from pretrain.checkpoint.layout import TOKENIZER, read_state
+from pretrain.checkpoint.layout import read_state
 from pretrain.checkpoint.weights import load_model
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, DataError, StorageError, run_command
+from pretrain.core.files import write_synced
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generation.generators import (
@@ -110,7 +112,7 @@ def open_model(path: Path, device: torch.device, dtype: str) -> tuple[Model, int
         return opened, None
     checkpoint = whole_checkpoint(path)
     model, recipe = load_model(checkpoint, device, DTYPES[dtype])
-    tokenizer = load_tokenizer(checkpoint / TOKENIZER, recipe.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(checkpoint), recipe.data.tokenizer)
     return NativeGenerator(model, tokenizer, device), read_state(checkpoint)["step"]
 
 
@@ -131,7 +133,7 @@ def tokens_of(arguments: argparse.Namespace, opened: Model) -> list[int]:
             ) from None
     if not text:
         raise DataError("the text is empty: give one with --text or --text-file")
-    tokens = [opened.eod_id, *opened.encode(text)][: arguments.max_tokens]
+    tokens = [*first_token(opened), *opened.encode(text)][: arguments.max_tokens]
     if len(tokens) > opened.max_positions:
         raise ConfigError(
             f"the text has {len(tokens)} tokens, and the model takes {opened.max_positions}: give "
@@ -140,15 +142,24 @@ def tokens_of(arguments: argparse.Namespace, opened: Model) -> list[int]:
     return tokens
 
 
+def first_token(opened: Model) -> list[int]:
+    """Return the token that documents begin after in training; none if there was none."""
+    if isinstance(opened, TransformersGenerator):
+        return [opened.eod_id]
+    tokenizer = opened.tokenizer
+    first = tokenizer.bos_id if tokenizer.prepend_bos else tokenizer.eod_id
+    return [] if first is None else [first]
+
+
 def write(text: str, path: Path, option: str) -> None:
-    """Write a file that an option names.
+    """Write a whole file that an option names, or none.
 
     Raises:
         StorageError: if it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_synced(path, text.encode())
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}; choose another {option} path"

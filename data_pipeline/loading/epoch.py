@@ -5,7 +5,10 @@ from __future__ import annotations
 from data_pipeline.config import DataConfig
 from data_pipeline.loading.best_fit import pack_shard, read_statistics
 from data_pipeline.shards.datasets import Datasets
-from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.shards.token_stream import Shard, TokenStream
+
+# By checksum of a shard's index and length: all points of a sweep ask for the same ones.
+_counted: dict[tuple[str, int], int] = {}
 
 
 def epoch_samples(datasets: Datasets, config: DataConfig, sequence_length: int) -> int:
@@ -32,5 +35,13 @@ def _packed(stream: TokenStream, sequence_length: int) -> int:
     for shard in stream.shards:
         # What is not packed yet is packed in memory: only one process may write it.
         found = read_statistics(shard, sequence_length)
-        total += (found or pack_shard(shard.open(), sequence_length).statistics).sequences
+        total += _packed_now(shard, sequence_length) if found is None else found.sequences
     return total
+
+
+def _packed_now(shard: Shard, sequence_length: int) -> int:
+    """The sequences of a shard that has to be packed for it: once a process."""
+    key = shard.entry.idx_sha256, sequence_length
+    if key not in _counted:
+        _counted[key] = pack_shard(shard.open(), sequence_length).statistics.sequences
+    return _counted[key]

@@ -177,7 +177,13 @@ class Tracking(Callback):
         """Have references to new checkpoints sent."""
         if self._failed.is_set():
             return
-        for checkpoint in self._checkpoints.new():
+        try:
+            found = self._checkpoints.new()
+        # A tracker never ends a training.
+        except OSError as error:
+            logger.warning("the tracker %s cannot see checkpoints: %s", self.tracker.kind, error)
+            return
+        for checkpoint in found:
             # Bound now: the loop's variable has moved on when the thread gets there.
             self._actions.put(partial(self.tracker.log_checkpoint, checkpoint))
 

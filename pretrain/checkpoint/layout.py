@@ -135,11 +135,15 @@ def _pointed(pointer: Path) -> Path:
 
 
 def _pointer_content(pointer: Path) -> str:
-    """Return the text of a pointer; "" for a file that is larger than one."""
+    """Return the text of a pointer; "" for a larger file, and one that was just removed."""
     # Any file may be given for a pointer: neither its size nor its encoding is certain.
-    if pointer.stat().st_size >= LARGEST_POINTER_BYTES:
+    try:
+        if pointer.stat().st_size >= LARGEST_POINTER_BYTES:
+            return ""
+        return pointer.read_text(encoding="utf-8", errors="replace").strip()
+    # A save in the background drops pointers too.
+    except FileNotFoundError:
         return ""
-    return pointer.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def read_state(folder: Path) -> CheckpointState:

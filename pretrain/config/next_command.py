@@ -49,9 +49,10 @@ def training_command(
 def fewest_ranks(recipe: Recipe, at_least: int) -> int:
     """Return the smallest number of ranks that the recipe's sizes allow with ZeRO stage 1.
 
-    ``at_least`` itself if none is found: the training then says what does not fit.
+    A smaller one than ``at_least`` if no other fits, and ``at_least`` itself if none does: the
+    training then says what does not fit.
     """
-    for ranks in range(at_least, MOST_RANKS + 1):
+    for ranks in [*range(at_least, MOST_RANKS + 1), *range(at_least - 1, 0, -1)]:
         with suppress(ConfigError):
             check_topology(recipe, ranks, 1)
             return ranks

@@ -265,14 +265,16 @@ class Engine:
         Every rank must pass equally many batches: experts are exchanged in each forward pass.
         """
         self.deepspeed.eval()
-        # fp64: a sum of millions of fp32 losses would lose digits.
-        totals = torch.zeros(2, dtype=torch.float64)
+        # fp64: a sum of millions of fp32 losses would lose digits. On the device: reading a loss
+        # here would synchronise in every batch.
+        totals = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
         for batch in batches:
             ACTIVITY.tick()
-            output = self._forward(batch.to(self.topology.device), 1.0)
-            counted = (batch.labels_BS >= 0).sum().double()
-            totals += torch.stack((output.nll.double().cpu(), counted))
-        nll, tokens = self.topology.all_reduce_sum(totals.to(self.topology.device)).tolist()
+            moved = batch.to(self.topology.device)
+            output = self._forward(moved, 1.0)
+            counted = (moved.labels_BS >= 0).sum()
+            totals += torch.stack((output.nll.double(), counted.double()))
+        nll, tokens = self.topology.all_reduce_sum(totals).tolist()
         return nll, int(tokens)
 
     def learning_rate(self) -> float:

@@ -23,7 +23,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config.loader_plan import loader_plan
 from pretrain.config.recipe import Recipe
 from pretrain.config.timeline import Timeline
-from pretrain.core.errors import ConfigError
+from pretrain.core.errors import ConfigError, DataError, PipelineError
 from pretrain.core.files import JsonObject
 from pretrain.core.signals import StopRequest
 from pretrain.engine.build import WeightLoader
@@ -126,12 +126,13 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
     zero_stage = zero_stage_of(ds_config, origin)
     datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
     datasets.verify()
+    unreadable = None
     if starts_as_first_rank(os.environ):
         for warning in data_warnings(recipe.data, datasets):
             print(f"warning: {warning}", file=sys.stderr)
         # The first evaluation, hours later, would be the first to miss them; its machine is this.
         if recipe.evaluation is not None and recipe.evaluation.code is not None:
-            read_problems(Path(recipe.evaluation.code.problems))
+            unreadable = _problems_error(Path(recipe.evaluation.code.problems))
     config = resolve_config(
         recipe,
         ds_config,
@@ -151,7 +152,18 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
         # Before the first CUDA kernel: cuBLAS reads its workspace size once.
         be_deterministic()
     topology = connect(recipe.parallel.ep_size, recipe.parallel.timeout_seconds)
+    # All ranks end together: the first one alone would let the others wait.
+    if topology.any_rank(unreadable is not None):
+        raise unreadable or DataError("the first rank cannot read evaluation.code.problems")
     return ResolvedRun(config.recipe, config.timeline, datasets, topology, config.ds_config)
+
+
+def _problems_error(path: Path) -> PipelineError | None:
+    try:
+        read_problems(path)
+    except PipelineError as error:
+        return error
+    return None
 
 
 def pack_data(resolved: ResolvedRun) -> None:

@@ -43,16 +43,17 @@ def task_scores(run: Path, tasks: Sequence[str], step: int) -> dict[str, float]:
     records = [record for record in read_evaluations(run) if record.get("step") == step]
     if not records:
         return {}
-    found = {task: _score(records[-1], task) for task in tasks}
+    found = {task: _score(records[-1], task, tasks) for task in tasks}
     return {task: score for task, score in found.items() if score is not None}
 
 
-def _score(record: JsonObject, task: str) -> float | None:
+def _score(record: JsonObject, task: str, tasks: Sequence[str]) -> float | None:
     own = _metric(record, task)
-    if own is not None:
+    if own is not None or any(path.startswith(f"tasks/{task}/") for path in record):
         return own
     # A tag, such as truthfulqa, has no record of its own, but its tasks have.
     names = {path.split("/")[1] for path in record if path.startswith(f"tasks/{task}_")}
+    names -= set(tasks)
     members = [score for name in sorted(names) if (score := _metric(record, name)) is not None]
     return statistics.fmean(members) if members else None
 

@@ -12,6 +12,7 @@ The file has the fields of a recipe's ``data`` section that all runs share, and 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,14 @@ def read_custom_datasets(path: str) -> tuple[list[str], dict[str, object]]:
         if (other := ALTERNATIVES.get(field)) is not None and other not in data
     }
     given.setdefault("mixture", next(iter(values.values()))["data.mixture"])
-    return [f"data.{field}={json.dumps(value)}" for field, value in given.items()], dict(values)
+    try:
+        overrides = [f"data.{field}={json.dumps(value)}" for field, value in given.items()]
+    except TypeError as error:
+        raise ConfigError(
+            f"--custom-datasets {path}: data has a value that is neither text nor number ({error}):"
+            " put it in quotes"
+        ) from None
+    return overrides, dict(values)
 
 
 def _mixture(path: str, name: str, mix: object, data: dict[str, Any]) -> dict[str, object]:
@@ -76,7 +84,11 @@ def _mixture(path: str, name: str, mix: object, data: dict[str, Any]) -> dict[st
     if not isinstance(mix, dict) or not mix:
         raise ConfigError(f"{where} names no source: write it as {{SOURCE: SHARE, ...}}")
     for source, share in mix.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not share >= 0:
+        if (
+            isinstance(share, bool)
+            or not isinstance(share, int | float)
+            or not 0 <= share < math.inf
+        ):
             raise ConfigError(f"{where}: the share of {source} is {share!r}: give a number from 0")
     known = data.get("sources") or data.get("corpora")
     if isinstance(known, dict) and (strange := sorted(map(str, mix.keys() - known.keys()))):

@@ -160,7 +160,8 @@ def base_mapping(recipe: str, overrides: list[str], tokens: int | None) -> JsonO
     if tokens is not None:
         apply_override(content, f"train.train_tokens={tokens}")
         # The other way to say how long a run is.
-        content["train"].pop("epochs", None)
+        for other in ("epochs", "epoch_samples"):
+            content["train"].pop(other, None)
     import_plugins(content)
     return content
 

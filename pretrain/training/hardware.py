@@ -28,8 +28,11 @@ logger = logging.getLogger(__name__)
 
 ACCOUNT = "hardware.json"
 # The file has one length, so that each version of it replaces the one before in a single write.
-FILE_BYTES = 1024
+FILE_BYTES = 2048
 LONGEST_NAME = 200
+# A processor's counter begins again after some minutes of full load. After a longer time without a
+# look at it nobody knows how often it did, so that time is not covered.
+LONGEST_GAP_SECONDS = 240.0
 
 
 @dataclass
@@ -57,7 +60,8 @@ class RankEnergy:
         used = [gpu, processors if self.local_rank == 0 else None] if own is not None else []
         self._is_covered = own is not None
         self._counters = [counter for counter in used if counter is not None]
-        self._started = time.perf_counter()
+        self._read_at = time.perf_counter()
+        self._read_joules = 0.0
         self.counters = sorted({counter.name for counter in self._counters})
 
     def note(self) -> None:
@@ -70,8 +74,12 @@ class RankEnergy:
             logger.warning("a counter of energy cannot be read any more: see the model card")
             self._is_covered = False
             return
-        self.joules = sum(found)
-        self.covered_seconds = time.perf_counter() - self._started
+        now = time.perf_counter()
+        gap, used = now - self._read_at, sum(found) - self._read_joules
+        self._read_at, self._read_joules = now, sum(found)
+        if gap <= LONGEST_GAP_SECONDS and used >= 0:
+            self.joules += used
+            self.covered_seconds += gap
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class HardwareMeter:
             wall_seconds=wall,
             device_seconds=self._begun.device_seconds + own,
         )
-        content = json.dumps(asdict(self._account)).encode()
+        content = json.dumps(asdict(self._account), ensure_ascii=False).encode()
         # Not synced: it outlasts a kill, and a power failure costs a few steps of the account.
         os.pwrite(self._descriptor, content.ljust(FILE_BYTES - 1) + b"\n", 0)
 

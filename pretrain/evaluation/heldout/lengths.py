@@ -228,7 +228,9 @@ def score_checkpoint_lengths(
     trained = read_recipe(checkpoint)
     lengths = _sorted(options.lengths)
     recipes = {
-        _name(wanted, trained): recipe_with_position(trained, wanted, lengths[-1])
+        _name(wanted, trained, options.positions): recipe_with_position(
+            trained, wanted, lengths[-1]
+        )
         for wanted in options.positions
     }
     datasets = load_matching_corpora(options.data, checkpoint)
@@ -311,8 +313,12 @@ def _sorted(lengths: Sequence[int]) -> list[int]:
     return sorted(set(lengths))
 
 
-def _name(wanted: str, trained: Recipe) -> str:
-    return trained.model.position.kind if wanted == AS_TRAINED else wanted
+def _name(wanted: str, trained: Recipe, positions: Sequence[str]) -> str:
+    if wanted != AS_TRAINED:
+        return wanted
+    kind = trained.model.position.kind
+    # The same kind asked for by name has other settings.
+    return f"{kind} ({AS_TRAINED})" if kind in positions else kind
 
 
 def recipe_with_position(trained: Recipe, wanted: str, longest: int) -> Recipe:

@@ -55,12 +55,14 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD, order_R, inverse_R, weights_TK):  # type: ignore[no-untyped-def]
         rows_TKD = rows_RD.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
-        ctx.save_for_backward(rows_TKD, order_R, weights_TK)
+        # Inputs, so that a second derivative is right too.
+        ctx.save_for_backward(rows_RD, order_R, inverse_R, weights_TK)
         return torch.bmm(weights_TK[:, None], rows_TKD.float())[:, 0].to(rows_RD.dtype)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        rows_TKD, order_R, weights_TK = ctx.saved_tensors
+        rows_RD, order_R, inverse_R, weights_TK = ctx.saved_tensors
+        rows_TKD = rows_RD.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
         # In the order of the experts at once; fp32 weights make an fp32 product.
         grad_RD = grad_TD.index_select(0, order_R // weights_TK.shape[1])
         weights_R = weights_TK.reshape(-1)[order_R]
