@@ -44,6 +44,9 @@ FINGERPRINTED_FIELDS = {
     "shuffle_buffer_documents",
 }
 
+# A place in a document is a token, so what makes its tokens belongs to it.
+POLICY_FIELDS = {"append_eod", "prepend_bos", "parse_special_tokens", "eod_token", "bos_token"}
+
 
 class Origin(NamedTuple):
     """Where a document came from: the number of its unit, and of its record in that, from 0."""
@@ -102,6 +105,8 @@ class StreamedSource:
     def __init__(self, data: DataConfig, name: str, datasets: Datasets, seed: int) -> None:
         self.name = name
         self.task = Task(data, str(datasets.first.folder), SplitPlan(data.validation_share))
+        # Beside sources that are held out as a whole nothing else is.
+        self.held_out_share = data.validation_share if name in data.held_out_sources else 0.0
         self.group_documents = data.shuffle_buffer_documents
         self.seed = f"{seed} {name}" if self.group_documents else None
         section = data.named_sources[name]
@@ -114,6 +119,7 @@ class StreamedSource:
                     [list(unit.files), unit.start, unit.end, unit.stamp] for unit in self.units
                 ],
                 "source": section.model_dump(mode="json"),
+                "policy": data.tokenizer.model_dump(mode="json", include=POLICY_FIELDS),
                 **data.model_dump(mode="json", include=FINGERPRINTED_FIELDS),
             }
         )
@@ -129,23 +135,21 @@ class PassShares:
 
     A pass that a lane began in the middle says nothing about the whole source, and is not judged
     at its end.
+
+    Args:
+        own: the lanes of this rank.
+        lanes: of all ranks.
+        parts: of each unit.
     """
 
-    def __init__(self, source: StreamedSource, lanes: int) -> None:
+    def __init__(self, source: StreamedSource, own: list[int], lanes: int, parts: int) -> None:
         self._source = source
+        self._own = own
         self._lanes = lanes
+        self._parts = parts
         self._lock = Lock()
         self._passes: dict[int, BadShares] = {}
         self._ended: dict[int, int] = {}
-
-    def begin(self, epoch: int, size: int) -> None:
-        """Count ``size`` bytes more to the pass that a lane begins."""
-        name = self._source.name
-        with self._lock:
-            shares = self._passes.setdefault(
-                epoch, BadShares(self._source.task.config.max_bad_share, {name: 0})
-            )
-            shares.sizes[name] += size
 
     def add(self, epoch: int, record: UnitRecord) -> None:
         """Count what was read of a unit.
@@ -154,7 +158,24 @@ class PassShares:
             DataError: if more of the source is bad than allowed.
         """
         with self._lock:
-            self._passes[epoch].add(record)
+            self._pass(epoch).add(record)
+
+    def _pass(self, epoch: int) -> BadShares:
+        if epoch not in self._passes:
+            source, allowed = self._source, self._source.task.config.max_bad_share
+            units = len(source.units) * self._parts
+            size = sum(
+                source.size(
+                    units_of_lane(units, lane, self._lanes, epoch, source.seed), self._parts
+                )
+                for lane in self._own
+            )
+            # One damaged file among the few of this rank is not yet a bad source: the share is of
+            # as many files as one of them may be damaged of.
+            average = sum(unit.size for unit in source.units) / len(source.units)
+            size = max(size, int(average / allowed) + 1 if allowed else 0)
+            self._passes[epoch] = BadShares(allowed, {source.name: size})
+        return self._passes[epoch]
 
     def end(self, epoch: int, is_whole: bool) -> None:
         """Note that a lane has ended a pass.
@@ -164,7 +185,7 @@ class PassShares:
         """
         with self._lock:
             self._ended[epoch] = self._ended.get(epoch, 0) + is_whole
-            if self._ended[epoch] == self._lanes:
+            if self._ended[epoch] == len(self._own) and epoch in self._passes:
                 self._passes.pop(epoch).check()
 
 
@@ -222,7 +243,6 @@ class LaneDocuments:
     def _pass(self, start: Start) -> Iterator[Group]:
         """The groups of an epoch; none of them reaches into the next one."""
         source, epoch, units = self.source, start.epoch, self.units(start.epoch)
-        self.shares.begin(epoch, source.size(units, self.parts))
         first = start.record
         texts: list[Text] = []
         characters = 0
@@ -240,7 +260,7 @@ class LaneDocuments:
                 source=source.source,
             )
             for document, digest, place in reader.documents_with_split():
-                if place < source.task.split.validation_share:
+                if place < source.held_out_share:
                     continue
                 if len(texts) == self._limit or characters >= self._characters:
                     yield self._shuffled(begin, texts)

@@ -26,6 +26,7 @@ from data_pipeline.loading.prefetch import PrefetchWait
 from data_pipeline.loading.source_stream import Place, SourceStream, documents_of
 from data_pipeline.loading.stream_state import SavedSource, StreamState, merged, read_state
 from data_pipeline.shards.datasets import Datasets
+from data_pipeline.shards.recorded import check_streamed
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from pretrain.core import faults
 from pretrain.core.errors import DataError
@@ -92,6 +93,7 @@ class StreamLoader:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self._steps_kept = STEPS_AHEAD + plan.origin_steps
+        check_streamed(data, datasets)
         mixture = data.mixture
         given = mixture.weights if isinstance(mixture, Weights) else dict.fromkeys(names, 1.0)
         self.weights = {name: given[name] for name in names}
@@ -253,7 +255,7 @@ class StreamLoader:
                     lanes,
                     parts,
                 )
-            shares = PassShares(source, len(own))
+            shares = PassShares(source, own, lanes, parts)
             self._streams[name] = {
                 lane: SourceStream(
                     LaneDocuments(source, lane, lanes, parts, shares),

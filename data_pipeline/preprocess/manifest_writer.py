@@ -31,6 +31,7 @@ from data_pipeline.shards.manifest import (
     SplitEntry,
     TokenizerEntry,
 )
+from data_pipeline.shards.recorded import held_out_sha256
 from data_pipeline.shards.split import SPLITS, SplitName
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.files import JsonObject
@@ -131,6 +132,7 @@ def describe(
             if any(shard.split == split for shard in shards)
         },
         streamed=plan.config.streaming,
+        held_out_sha256=held_out_sha256(plan.config),
     )
     return manifest, names
 

@@ -249,7 +249,9 @@ class Reader:
     def record(self) -> UnitRecord:
         """Return the counts of this unit, without what is only known of an encoded one."""
         counters = self.counters
-        of_average_size = self._bad_without_size * self.unit.size // max(counters.records, 1)
+        # Of all records up to the last one: parts of a unit, and a reader that began in its middle,
+        # see fewer.
+        of_average_size = self._bad_without_size * self.unit.size // (self.record_number + 1)
         return UnitRecord(
             unit=self.number,
             source=self.unit.source,

@@ -166,6 +166,8 @@ class Manifest(ManifestPart):
         inputs_sha256: checksum of the sizes and times of the input files, so that an unchanged
             input is recognised without reading it.
         streamed: training reads the source itself; there is no training split here.
+        held_out_sha256: checksum of what decided which documents are held out; None for shards that
+            were imported, and data from before this field.
     """
 
     version: int = MANIFEST_VERSION
@@ -177,6 +179,7 @@ class Manifest(ManifestPart):
     sources: dict[str, SourceEntry]
     splits: dict[SplitName, SplitEntry] = Field(min_length=1)
     streamed: bool = False
+    held_out_sha256: str | None = None
 
     _folder: Path = PrivateAttr(default=Path("."))
 

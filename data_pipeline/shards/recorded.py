@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from data_pipeline.config import DataConfig
 from data_pipeline.shards.datasets import Datasets
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, canonical_sha256
 from data_pipeline.tokenizer.config import TrainedTokenizer
+from pretrain.core.errors import DataError
 
 
 def data_warnings(data: DataConfig, datasets: Datasets) -> list[str]:
@@ -25,6 +26,43 @@ def data_warnings(data: DataConfig, datasets: Datasets) -> list[str]:
                 f" {'; '.join(differences)}; training uses what is in the folder"
             )
     return found
+
+
+def held_out_sha256(data: DataConfig) -> str:
+    """Return a checksum of what decides which documents of a source are held out."""
+    fields = {"validation_share", "validation_documents", "split_by", "cleaning"}
+    return canonical_sha256(
+        data.model_dump(mode="json", include=fields | {"max_record_bytes"})
+        | {
+            "split_root": data.split_root is not None,
+            "sources": {
+                name: [source.kind, source.split, getattr(source, "id_field", None)]
+                for name, source in data.named_sources.items()
+            },
+        }
+    )
+
+
+def check_streamed(data: DataConfig, datasets: Datasets) -> None:
+    """Check that a stream leaves out what the folder's validation split holds.
+
+    Training reads the sources by the recipe, so both must be of one recipe.
+
+    Raises:
+        DataError: if they are not.
+    """
+    manifest = datasets.first
+    if manifest.held_out_sha256 not in (None, held_out_sha256(data)):
+        raise DataError(
+            f"the validation split in {manifest.folder} was held out by other settings than the"
+            " stream's (sources, data.validation_share, split_by or cleaning), so that the stream"
+            " would train on it: build the data again, or put the settings back"
+        )
+    if differences := _tokenizer(data, manifest):
+        raise DataError(
+            f"the validation split in {manifest.folder} was encoded otherwise than the stream:"
+            f" {'; '.join(differences)}; build the data again, or put data.tokenizer back"
+        )
 
 
 def _sources(data: DataConfig, manifest: Manifest) -> list[str]:

@@ -220,7 +220,9 @@ def network_failure(error: BaseException, timeout_seconds: float) -> str | None:
     for link, kinds in zip(reversed(chain), reversed(names), strict=True):
         is_network = isinstance(link, (TimeoutError, ConnectionError)) or NETWORK_ERRORS & kinds
         if is_network:
-            return f"{type(link).__name__} {one_line(str(link))}".rstrip()
+            # What follows a question mark may be a signature that lets anybody read.
+            text = re.sub(r"\?[^\s'\"]+", "?...", one_line(str(link)))
+            return f"{type(link).__name__} {text}".rstrip()
     address = re.search(r"https?://[^\s'\"]+", str(error))
     if isinstance(error, FileNotFoundError) and address:
         return _failure_at(address[0], timeout_seconds)

@@ -16,6 +16,9 @@ LICENSES: dict[Preset, str] = {
     "codeparrot_clean_train": "files of GitHub; each has the licence of its repository",
     "codeparrot_clean_valid": "files of GitHub; each has the licence of its repository",
     "fineweb": "web pages of Common Crawl; ODC-BY 1.0, and Common Crawl's terms of use",
+    "pile_uncopyrighted": "the Pile without its parts under copyright; each part has its own terms",
+    "open_web_math": "web pages of Common Crawl; ODC-BY 1.0, and Common Crawl's terms of use",
+    "code_instructions_120k": "tasks and solutions that language models wrote; no licence is stated",
     "the_stack": "files of GitHub; each has its own permissive licence, and terms to accept",
 }
 

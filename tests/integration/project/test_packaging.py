@@ -180,7 +180,7 @@ def test_extras_are_the_sections_of_the_requirements(installed: Installed) -> No
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     written = {line.partition("#")[0].strip() for line in lines} - {""}
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", text, flags=re.MULTILINE))
-    assert extras == {"all", "dev", "evaluation", "low-precision", "trackers"}
+    assert extras == {"all", "dev", "evaluation", "kaggle", "low-precision", "trackers"}
     required = re.findall(r"^Requires-Dist: ([\w.-]+)(.*)$", text, flags=re.MULTILINE)
     assert {name.lower() for name, _ in required} == {
         re.split(r"[<>=;]", line)[0].strip().lower() for line in written

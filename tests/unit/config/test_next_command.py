@@ -112,6 +112,8 @@ def test_as_many_ranks_as_the_recipe_needs() -> None:
     assert fewest_ranks(recipe, 2) % recipe.parallel.ep_size == 0
     odd = load_recipe("debug", ["train.global_batch_size=9", "train.micro_batch_size=3"])
     assert fewest_ranks(odd, 2) == 3
+    one = load_recipe("debug", ["train.global_batch_size=8", "train.micro_batch_size=8"])
+    assert fewest_ranks(one, 2) == 1
 
 
 def test_plugins_ds_config_and_launcher_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,20 @@ def test_what_is_no_file_of_mixtures_is_refused_in_a_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {corpora: {a: data/a}}\nmixes: {m: {a: .inf}}", "the share of a is inf"),
+        ("data: {corpora: {a: data/a}, path: 2026-01-01}\nmixes: {m: {a: 1}}", "put it in quotes"),
+    ],
+)
+def test_values_that_no_recipe_holds_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mixes.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_custom_datasets(str(path))
+
+
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_custom_datasets(str(tmp_path / "none.yaml"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pretrain.sweeps.axes import grid, one_at_a_time, parse_axis, with_seeds
-from pretrain.sweeps.benchmarks import FORMULA
+from pretrain.sweeps.benchmarks import FORMULA, task_scores
 from pretrain.sweeps.report import markdown, write_report
 from pretrain.sweeps.results import finished_groups, point_rows, ranking, states
 from pretrain.sweeps.search import random_points
@@ -239,6 +239,21 @@ def benchmarked(tmp_path: Path) -> Study:
     )  # fmt: skip
     evaluated(study, "size=c", 2, **{"choice/acc": 0.7})
     return study
+
+
+def test_a_task_never_gets_the_score_of_another_one(tmp_path: Path) -> None:
+    record = {
+        "step": 4,
+        "tasks/hellaswag/f1": 0.9,
+        "tasks/hellaswag_de/acc": 0.1,
+        "tasks/truthfulqa_mc1/acc": 0.2,
+        "tasks/truthfulqa_mc2/acc": 0.4,
+    }
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    tasks = ["hellaswag", "hellaswag_de", "truthfulqa"]
+    scores = task_scores(tmp_path, tasks, step=4)
+    assert scores == {"hellaswag_de": 0.1, "truthfulqa": pytest.approx(0.3)}
 
 
 def test_scores_of_the_last_checkpoint_are_columns_and_their_mean_is_the_combined_score(

@@ -127,6 +127,25 @@ def test_a_counter_that_fails_keeps_what_it_saw(
     assert len(caplog.records) == 1
 
 
+def test_a_long_time_without_a_look_at_the_counter_is_not_covered(world: World) -> None:
+    world.counter = Counter()
+    meter = world.start(ranks=1, startup=0.0)
+    world.now += 10.0
+    world.counter.value = 5.0
+    meter.share()
+    # It may have begun again in the meantime.
+    world.now += 3600.0
+    world.counter.value = 6.0
+    meter.share()
+    world.now += 20.0
+    world.counter.value = 8.0
+    meter.share()
+    use = meter.measure()
+    assert use is not None and use["joules"] == 7.0
+    assert use["covered_seconds"] == pytest.approx(30.0)
+    assert use["device_seconds"] == pytest.approx(3630.0)
+
+
 def test_processors_alone_are_not_the_energy_of_a_gpu(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ def compress_zstd(content: bytes) -> bytes:
 
 def test_every_kind_of_the_schema_has_a_reader() -> None:
     kinds = kinds_of(SourceConfig)
-    assert len(kinds) == 9
+    assert len(kinds) == 10
     assert all(issubclass(kind.implementing_class(), Source) for kind in kinds)
 
 

@@ -101,6 +101,24 @@ def test_combined_rows_equal_a_weighted_index_add(
     )
 
 
+def test_second_derivatives_of_the_weighted_sum_are_those_of_the_definition(
+    orders: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    order_R, inverse_R = orders
+
+    def curvature(combined: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        first = torch.autograd.grad(combined.square().sum(), inputs, create_graph=True)
+        return gradients_of(torch.cat([one.flatten() for one in first]), inputs)
+
+    inputs = [random_tensor(T * K, D), random_tensor(T, K, seed=1)]
+    rows_RD, weights_TK = inputs
+    ours = combine(rows_RD, order_R=order_R, inverse_R=inverse_R, weights_TK=weights_TK)
+    expected = torch.zeros(T, D).index_add(
+        0, order_R // K, rows_RD * weights_TK.flatten()[order_R, None]
+    )
+    assert_all_close(curvature(ours, inputs), curvature(expected, inputs), tolerance=1e-4)
+
+
 def test_a_wrong_inverse_permutation_is_told_apart(
     orders: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
