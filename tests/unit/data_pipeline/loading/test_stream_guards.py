@@ -34,7 +34,7 @@ def stream(folder: Path, source: dict[str, Any], **fields: Any) -> StreamedSourc
 
 
 def read_pass(source: StreamedSource, own: list[int], lanes: int, start: Start) -> int:
-    """Documents of one pass over a rank's lanes, which advance by turns."""
+    """Documents of one pass over a rank's lanes, alternating between them."""
     parts = choose_parts(len(source.units), lanes)
     shares = PassShares(source, own, lanes, parts)
     live = [LaneDocuments(source, lane, lanes, parts, shares)._pass(start) for lane in own]
