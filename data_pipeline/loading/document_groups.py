@@ -118,7 +118,7 @@ class StreamedSource:
                 "units": [
                     [list(unit.files), unit.start, unit.end, unit.stamp] for unit in self.units
                 ],
-                "source": section.model_dump(mode="json"),
+                "source": section.model_dump(mode="json", exclude=set(section.fetching)),
                 "policy": data.tokenizer.model_dump(mode="json", include=POLICY_FIELDS),
                 **data.model_dump(mode="json", include=FINGERPRINTED_FIELDS),
             }

@@ -20,7 +20,7 @@ from data_pipeline.sources.files import identity_of, list_files, stamp_of
 from data_pipeline.sources.interface import ReadContext, Source, Unit, open_source
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core.errors import ConfigError
-from pretrain.core.files import file_sha256
+from pretrain.core.files import JsonObject, file_sha256
 from pretrain.core.registry import Component, kind_name
 
 SMALLEST_UNIT = 16 << 20
@@ -91,6 +91,7 @@ def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
     if not tokenizer["parse_special_tokens"]:
         del tokenizer["parse_special_tokens"]
     content = config.model_dump(mode="json", exclude=NOT_IN_SHARDS)
+    _remove_fetching(config, content)
     minhash = near_duplicates.algorithm() if config.cleaning.near_duplicates else None
     return canonical_sha256(
         content
@@ -100,6 +101,15 @@ def request_sha256(config: DataConfig, given: Tokenizer | None) -> str:
             "minhash": minhash,
         }
     )
+
+
+def _remove_fetching(config: DataConfig, content: JsonObject) -> None:
+    """Remove the fields of the sources that say only how their input is fetched."""
+    sections = config.sources or ({"all": config.source} if config.source else {})
+    dumped = content["sources"] or {"all": content["source"]}
+    for name, section in sections.items():
+        for field_name in section.fetching:
+            dumped[name].pop(field_name, None)
 
 
 def plugins_sha256(config: DataConfig) -> str | None:

@@ -27,11 +27,14 @@ class SourceConfig(Component):
         can_be_read_again: false for input that arrives once, such as a pipe.
         reasons: what a left-out record's reason means, for reasons that this kind adds.
         notes: likewise for the remarks that it counts.
+        fetching: fields that say how the input is fetched, or which input where the units' stamps
+            say that too. Other values of them make no other data.
     """
 
     can_be_read_again: ClassVar[bool] = True
     reasons: ClassVar[Mapping[str, str]] = {}
     notes: ClassVar[Mapping[str, str]] = {}
+    fetching: ClassVar[frozenset[str]] = frozenset()
 
     split: Literal["hash", "train", "validation"] = Field(
         "hash",
@@ -275,6 +278,7 @@ class KaggleSource(SourceConfig, RecordsBase):
     """
 
     implementation: ClassVar[str] = "data_pipeline.sources.kaggle:Kaggle"
+    fetching: ClassVar[frozenset[str]] = frozenset({"version", "stall_seconds", "attempts"})
     kind: Literal["kaggle"]
     dataset: Annotated[
         str, Field(pattern=r"^[\w-]+/[\w.-]+$", description="owner/name, as in the page's address")

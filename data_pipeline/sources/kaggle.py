@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,18 @@ from data_pipeline.sources.config import (
     SourceConfig,
     TextSource,
 )
-from data_pipeline.sources.file_kinds import CSV, JSON, JSONL, PARQUET, TEXT, TSV, class_of
+from data_pipeline.sources.file_kinds import (
+    CSV,
+    JSON,
+    JSONL,
+    LABELS,
+    PARQUET,
+    TEXT,
+    TSV,
+    class_of,
+)
+from data_pipeline.sources.files import one_line, stamp_of
+from data_pipeline.sources.folder_walk import say
 from data_pipeline.sources.interface import Document, LeftOut, Source, Unit, open_source
 from pretrain.core.errors import ConfigError, DataError
 
@@ -71,11 +86,50 @@ class Kaggle(Source[KaggleSource]):
                 f"no file of the Kaggle data set {config.dataset} has a known format"
                 f" ({Path(files[0]).name}): name it with data.source.format"
             )
+        self._say_unread(files)
         return [
-            unit
+            self._stamped(unit)
             for form, paths in by_format.items()
             for unit in self._reader(form, paths).units(unit_bytes)
         ]
+
+    def path_of(self, file: str) -> str:
+        """``<owner>/<name>/<path inside the data set>``, on every machine and of every version.
+
+        ``data.split_root`` is about files of this machine, and does not count here.
+
+        Raises:
+            DataError: for a file that is in no folder of Kaggle's client.
+        """
+        inside = kaggle_download.path_inside(self.config.dataset, file)
+        if inside is None:
+            raise DataError(
+                f"{file} is not in the cache of Kaggle's client ({kaggle_download.cache_folder()}),"
+                " so it has no path to split by: set KAGGLEHUB_CACHE to the cache's folder"
+            )
+        return f"{self.config.dataset}/{inside}"
+
+    def _stamped(self, unit: Unit) -> Unit:
+        """A unit whose stamp names the version, which never changes once it is published.
+
+        Times of change would be those of the download, and differ between machines.
+        """
+        if self.revision is None:
+            return unit
+        sizes = ";".join(str(stamp_of(file)[0]) for file in unit.files)
+        return replace(unit, stamp=f"version {self.revision}:{sizes}")
+
+    def _say_unread(self, files: tuple[str, ...]) -> None:
+        """Says once which files of the data set are not read."""
+        rest = [file for file in files if self._format_of(file) is None]
+        if rest:
+            counts = sorted(Counter(LABELS[class_of(file)] for file in rest).items())
+            kinds = ", ".join(f"{count} of {label}" for label, count in counts)
+            example = kaggle_download.path_inside(self.config.dataset, rest[0]) or rest[0]
+            say(
+                f"the Kaggle data set {self.config.dataset}: {len(files) - len(rest)} of"
+                f" {len(files)} files are read; not read: {kinds}, such as {one_line(example)}"
+            )
 
     def read(self, unit: Unit) -> Iterator[Document | LeftOut]:
         form = self._format_of(unit.files[0])
@@ -133,7 +187,10 @@ def _downloaded(
     # on standard error.
     command = [sys.executable, "-P", kaggle_download.__file__, json.dumps(request)]
     environment = os.environ | {"KAGGLEHUB_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)
+    with _only_download(dataset) as lock:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, env=environment, check=False, pass_fds=lock
+        )
     try:
         result = json.loads(done.stdout)
     except ValueError:
@@ -144,6 +201,47 @@ def _downloaded(
     if "error" in result:
         raise _sentence(dataset, version, files, result["error"], result["status"], stall_seconds)
     return tuple(result["files"]), result["version"]
+
+
+@contextmanager
+def _only_download(dataset: str) -> Iterator[tuple[int, ...]]:
+    """Wait until no other process of this machine fetches the data set.
+
+    Yields:
+        The descriptor of the lock. The download inherits it, so that the lock lasts as long as it,
+        even if this process is killed. None where nothing can be written, and so nothing fetched.
+
+    Raises:
+        DataError: on a disk that knows no locks.
+    """
+    path = Path(kaggle_download.cache_folder(), ".locks", f"{dataset}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        descriptor = -1
+    if descriptor < 0:
+        yield ()
+        return
+    try:
+        _lock(descriptor, path, dataset)
+        yield (descriptor,)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, dataset: str) -> None:
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process, which fetches the Kaggle data set {dataset}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be locked ({error.strerror}): set KAGGLEHUB_CACHE to a folder of"
+            " another disk"
+        ) from None
 
 
 def _sentence(

@@ -24,6 +24,9 @@ CONNECT_SECONDS = 20.0
 # As earlier versions of the client read it: another address than api.kaggle.com, such as a mirror.
 ENDPOINT = "KAGGLE_API_ENDPOINT"
 WILDCARDS = re.compile(r"[*?[]")
+# Where Kaggle's and Colab's own machines have the data sets, as the client knows it.
+MOUNTS = ("KAGGLE_CACHE_MOUNT_FOLDER", "COLAB_CACHE_MOUNT_FOLDER")
+MOUNT = "/kaggle/input"
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def fetch(request: dict[str, Any]) -> dict[str, Any]:
     version = request["version"]
     names = request["files"]
     # A pattern is only known by looking at all files.
-    asked = [None] if not names or any(map(WILDCARDS.search, names)) else list(names)
+    asked = [None] if not names or any(map(WILDCARDS.search, names)) else list(dict.fromkeys(names))
     found: list[str] = []
     for name in asked:
         pinned = f"{handle}/versions/{version}" if version else handle
@@ -96,8 +99,29 @@ def fetch(request: dict[str, Any]) -> dict[str, Any]:
         )
         if name is None:
             files = [each for each in files if is_wanted(each.relative_to(path).as_posix(), names)]
-        found += map(str, files)
-    return {"files": found, "version": version}
+        found += map(os.path.abspath, files)
+    # A file may be named by itself and with its folder.
+    return {"files": list(dict.fromkeys(found)), "version": version}
+
+
+def cache_folder() -> str:
+    """Return the absolute path of the client's cache."""
+    default = os.path.join(Path.home(), ".cache", "kagglehub")
+    return os.path.abspath(os.environ.get("KAGGLEHUB_CACHE", default))
+
+
+def path_inside(dataset: str, file: str) -> str | None:
+    """Return a file's path inside its data set; None for one that is in no place of the client."""
+    owner, name = map(re.escape, dataset.split("/"))
+    cache = re.escape(os.path.join(cache_folder(), "datasets"))
+    places = [rf"{cache}/{owner}/{name}/versions/\d+"]
+    for mount in MOUNTS:
+        folder = re.escape(os.path.abspath(os.environ.get(mount, MOUNT)))
+        places.append(rf"{folder}/(?:datasets/{owner}/)?{name}(?:/versions/\d+)?")
+    for place in places:
+        if match := re.fullmatch(f"{place}/(.+)", file, re.DOTALL):
+            return match[1]
+    return None
 
 
 def version_in(path: Path) -> int | None:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from pydantic import ValidationError
 
 from data_pipeline.config import DataConfig
+from data_pipeline.loading.document_groups import StreamedSource
 from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.plan import request_sha256
 from data_pipeline.preprocess.workspace import Output
-from data_pipeline.sources.interface import ReadContext, Source, open_source
+from data_pipeline.shards.datasets import Datasets
+from data_pipeline.sources.folder_walk import say
+from data_pipeline.sources.interface import Document, ReadContext, Source, open_source
 from data_pipeline.sources.kaggle import _downloaded
 from pretrain.core.errors import ConfigError, DataError, PipelineError
 
@@ -62,9 +69,14 @@ class Handler(BaseHTTPRequestHandler):
         if trouble == "stall":
             time.sleep(4.0)
             return None
+        if trouble == "slow":
+            time.sleep(0.8)
         if name == "GetDataset":
             answer = json.dumps({"currentVersionNumber": self.server.newest}).encode()
             return self._answer(200, answer, "application/json")
+        if name == "ListTreeDatasetFiles":
+            inside = [{"relativeUrl": file} for file in FILES if file.startswith(body["path"])]
+            return self._answer(200, json.dumps({"files": inside}).encode(), "application/json")
         content, kind = self._content(body)
         if content is None:
             return self._answer(404, b'{"message": "no such file"}', "application/json")
@@ -110,6 +122,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("KAGGLE_USERNAME", "somebody")
     monkeypatch.setenv("KAGGLE_KEY", KEY)
     _downloaded.cache_clear()
+    say.cache_clear()
     yield running
     running.shutdown()
     running.server_close()
@@ -207,3 +220,102 @@ def test_names_that_are_none_and_a_missing_client_are_refused(
     with pytest.raises(ConfigError, match="install it with pip install kagglehub"):
         source_of(config()).units(1 << 20)
     assert server.seen == []
+
+
+def test_a_file_has_one_path_to_split_by_on_every_machine_and_of_every_version(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[set[str | None]] = []
+    for cache, version in (("cache", 2), ("other/kagglehub", 3)):
+        monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / cache))
+        data = config(version=version).model_copy(update={"split_by": "path"})
+        units = source_of(data).units(1 << 20)
+        # Another process, such as a worker, has listed nothing.
+        worker = source_of(data)
+        names.append(
+            {
+                worker.split_name(document, unit)
+                for unit in units
+                for document in worker.read(unit)
+                if isinstance(document, Document)
+            }
+        )
+        assert all(f"/{cache}/datasets/" in file for unit in units for file in unit.files)
+    assert names == [{"some-body/re-views/reviews.csv", "some-body/re-views/more/rows.jsonl"}] * 2
+    monkeypatch.setenv("KAGGLE_CACHE_MOUNT_FOLDER", "/mounted")
+    assert worker.path_of("/mounted/re-views/a/b.csv") == "some-body/re-views/a/b.csv"
+    with pytest.raises(DataError, match="is not in the cache of Kaggle's client"):
+        worker.path_of("/elsewhere/b.csv")
+
+
+def test_how_a_version_is_fetched_makes_no_other_data(server: Server, tmp_path: Path) -> None:
+    def fingerprint(data: DataConfig) -> str:
+        folder = cast(Datasets, SimpleNamespace(first=SimpleNamespace(folder=tmp_path)))
+        return StreamedSource(data, "all", folder, 1).fingerprint
+
+    patient = {"stall_seconds": 9.0, "attempts": 3}
+    plain, pinned, other = config(), config(version=2, **patient), config(encoding="latin-1")
+    assert request_sha256(plain, None) == request_sha256(pinned, None)
+    assert request_sha256(plain, None) != request_sha256(other, None)
+    several = [
+        data.model_copy(update={"source": None, "sources": data.named_sources})
+        for data in (plain, pinned, other)
+    ]
+    sums = [request_sha256(data, None) for data in several]
+    assert sums[0] == sums[1] != sums[2]
+    before = fingerprint(plain)
+    assert before == fingerprint(pinned) != fingerprint(other)
+    units = source_of(plain).units(1 << 20)
+    # The stamp is of the version, not of when it was fetched.
+    sizes = {Path(unit.files[0]).name: unit.stamp for unit in units}
+    assert sizes == {
+        name.rpartition("/")[2]: f"version 2:{len(FILES[name])}"
+        for name in ("reviews.csv", "more/rows.jsonl")
+    }
+    build(plain, Output(tmp_path / "data"), workers=1)
+    assert build(pinned, Output(tmp_path / "data"), workers=1).reused
+    assert fingerprint(config(version=3)) != before
+
+
+def test_one_process_of_a_machine_fetches_a_data_set_and_the_others_wait(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Locks of the kernel are those of an open file: threads stand for processes.
+    server.trouble = ["slow", "slow"]
+    with ThreadPoolExecutor(3) as pool:
+        fetch = _downloaded.__wrapped__
+        runs = [pool.submit(fetch, "some-body/re-views", 2, (), 20.0, 1) for _ in range(3)]
+        results = [run.result() for run in runs]
+    assert results[0] == results[1] == results[2] and len(results[0][0]) == len(FILES)
+    assert [name for name, _, _ in server.seen] == ["DownloadDataset"]
+    assert "waiting for another process, which fetches the Kaggle data set" in caplog.text
+
+
+def test_a_cache_that_nothing_can_be_written_to_is_read_without_a_lock(
+    server: Server, tmp_path: Path
+) -> None:
+    first = _downloaded.__wrapped__("some-body/re-views", 2, (), 20.0, 1)
+    locks = tmp_path / "cache" / ".locks"
+    next(locks.rglob("*.lock")).unlink()
+    (locks / "some-body").rmdir()
+    locks.rmdir()
+    locks.write_text("no folder can be here")
+    assert _downloaded.__wrapped__("some-body/re-views", 2, (), 20.0, 1) == first
+
+
+def test_files_named_twice_are_read_once_and_those_left_out_are_said(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["more/rows.jsonl", "more", "./more/rows.jsonl", "more/rows.jsonl"]
+    source = source_of(config(files=names))
+    units = source.units(1 << 20)
+    assert len(units) == 1 and len(list(source.read(units[0]))) == 9
+    assert "more names" not in caplog.text and "named twice" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            source_of(config()).units(1 << 20)
+    sentence = (
+        "the Kaggle data set some-body/re-views: 2 of 3 files are read; not read: 1 of side files,"
+        " such as LICENSE"
+    )
+    assert caplog.text.count(sentence) == 1
