@@ -225,13 +225,14 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         help="write PREFIX.bin, .idx and manifest instead, one shard, nothing held out",
     )
-    output.add_argument(
+    held_out = output.add_mutually_exclusive_group()
+    held_out.add_argument(
         "--validation-share",
         type=float,
         metavar="SHARE",
         help="share of documents held out, from 0 to below 1",
     )
-    output.add_argument(
+    held_out.add_argument(
         "--validation-documents",
         type=int,
         metavar="N",
@@ -267,6 +268,8 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
     if arguments.import_shards:
         _check_import(arguments)
         data |= {"validation_share": 0.0, "validation_documents": None}
+    elif arguments.validation_share is not None:
+        data["validation_documents"] = None
     if arguments.input:
         _set_sources(data, arguments)
     elif unused := [name for name in OF_INPUT if getattr(arguments, name) is not None]:

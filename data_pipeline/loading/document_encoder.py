@@ -9,7 +9,7 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.loading.document_groups import Text
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
-from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
+from data_pipeline.tokenizer.fill_in_the_middle import open_transform
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 
 # Choosing an engine takes seconds: once a process for each tokenizer, by its checksum and policy.
@@ -23,10 +23,7 @@ class DocumentEncoder:
         self.name = name
         self.tokenizer = tokenizer
         self._encoder: CheckedEncoder | None = None
-        self._transform: FillInTheMiddleTransform | None = None
-        middle = data.fill_in_the_middle
-        if middle is not None and (middle.sources is None or name in middle.sources):
-            self._transform = FillInTheMiddleTransform(middle, tokenizer.token_id)
+        self._transform = open_transform(data.fill_in_the_middle, name, tokenizer)
 
     def encode(self, batch: Sequence[Text]) -> Iterator[np.ndarray]:
         """Yield the tokens of each document: int64."""

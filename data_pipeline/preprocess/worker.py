@@ -22,7 +22,7 @@ from data_pipeline.sources.interface import Unit
 from data_pipeline.tokenizer.config import TokenPolicy
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.engines import EngineUnavailableError
-from data_pipeline.tokenizer.fill_in_the_middle import FillInTheMiddleTransform
+from data_pipeline.tokenizer.fill_in_the_middle import open_transform
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core import faults
 from pretrain.core.errors import ConfigError, DataError
@@ -179,13 +179,7 @@ class PartWriter:
         self.tokenizer = _tokenizer(task)
         self.encoder = _encoder(task)
         self.dtype = token_dtype(self.tokenizer.vocab_size)
-        middle = config.fill_in_the_middle
-        applies = middle is not None and (middle.sources is None or source in middle.sources)
-        self.transform = (
-            FillInTheMiddleTransform(middle, self.tokenizer.token_id)
-            if middle and applies
-            else None
-        )
+        self.transform = open_transform(config.fill_in_the_middle, source, self.tokenizer)
         self.keys = (
             DuplicateKeys(folder, config.cleaning)
             if looks_for_duplicates(config.cleaning)

@@ -9,9 +9,43 @@ import random
 from collections.abc import Callable
 
 from data_pipeline.cleaning.config import FillInTheMiddle
-from pretrain.core.errors import DataError
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from pretrain.core.errors import ConfigError, DataError
 
 MIN_CHARACTERS = 3
+
+
+def open_transform(
+    config: FillInTheMiddle | None, source: str, tokenizer: Tokenizer
+) -> FillInTheMiddleTransform | None:
+    """Return the transform of a source's documents; None if they stay as they are.
+
+    Raises:
+        ConfigError: if the parts of a document, which are encoded as texts of their own, would have
+            other blanks than the document.
+        DataError: for a tokenizer without one of the three sentinels.
+    """
+    if config is None or not (config.sources is None or source in config.sources):
+        return None
+    if (change := _change_of_blanks(tokenizer)) is not None:
+        raise ConfigError(
+            f"data.fill_in_the_middle encodes the parts of a document as texts of their own, and"
+            f" {tokenizer.origin} {change}, so that they would not join to the document: set"
+            " data.tokenizer.dummy_prefix=false and data.tokenizer.normalization=identity if its"
+            " kind is train_sentencepiece, or take another tokenizer"
+        )
+    return FillInTheMiddleTransform(config, tokenizer.token_id)
+
+
+def _change_of_blanks(tokenizer: Tokenizer) -> str | None:
+    """Return what happens to blanks at the ends of each text, in words; None if nothing does."""
+    segmented = tokenizer.reference.segmented
+    if len(segmented("a")) > 1:
+        return "adds a blank to each text"
+    # Where blanks within a text are cuts and no part of tokens, none is lost at its ends.
+    if len(segmented(" a ")) < len(" a ") == len(segmented("a a")):
+        return "removes blanks at the ends of each text"
+    return None
 
 
 class FillInTheMiddleTransform:

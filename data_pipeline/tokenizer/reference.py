@@ -42,6 +42,12 @@ class Reference(Protocol):
     def pieces(self, text: str) -> Iterator[str]:
         """Yield parts of a text that encode to the same tokens as the whole."""
 
+    def segmented(self, text: str) -> str:
+        """Return a text as the model cuts it into tokens, whatever blanks are spelled with.
+
+        It has the blanks that were put around the text, and lacks those that were removed.
+        """
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
 
@@ -85,6 +91,14 @@ class TokenizersReference:
     def pieces(self, text: str) -> Iterator[str]:
         """See :meth:`Reference.pieces`."""
         return cut_before_white_space(text) if self._may_be_cut else iter([text])
+
+    def segmented(self, text: str) -> str:
+        """See :meth:`Reference.segmented`."""
+        library = self.library
+        normal = text if library.normalizer is None else library.normalizer.normalize_str(text)
+        if library.pre_tokenizer is None:
+            return normal
+        return "".join(word for word, _ in library.pre_tokenizer.pre_tokenize_str(normal))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :meth:`Reference.encode`."""

@@ -83,6 +83,10 @@ class SentencePieceReference:
         """See :meth:`~data_pipeline.tokenizer.reference.Reference.pieces`."""
         return iter([text])
 
+    def segmented(self, text: str) -> str:
+        """See :meth:`~data_pipeline.tokenizer.reference.Reference.segmented`."""
+        return str(self._processor.normalize(text))
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :meth:`~data_pipeline.tokenizer.reference.Reference.encode`."""
         if self._spelled is None:

@@ -104,7 +104,8 @@ def sentencepiece_section(model: Path, output: Path, config: PreTrainedConfig) -
     spelled = {number: token for token, number in reference.special_tokens.items()}
     ends = config.eos_token_id
     end = spelled.get(ends[0] if isinstance(ends, list) else ends)
-    section = {"kind": "sentencepiece", "path": str(output / MODEL_NAME)}
+    # As it is: the checkpoint has this file, and kind "sentencepiece" might convert it to another.
+    section = {"kind": "file", "path": str(output / MODEL_NAME)}
     return section | ({"eod_token": end} if end is not None else {})
 
 

@@ -19,6 +19,7 @@ from data_pipeline.shards.token_stream import open_split
 from data_pipeline.tokenizer.config import TrainBPE
 from data_pipeline.tokenizer.training import train_bpe
 from pretrain.config.load import load_recipe
+from pretrain.core.errors import ConfigError
 from tests.support.tiny_run import RECIPE, WORDS, Tiny, start_ranks
 from tests.support.tool_runs import run_here
 
@@ -26,7 +27,7 @@ TOKENIZER = (
     "{kind: train_sentencepiece, vocab_size: 200, normalization: nmt_nfkc, byte_fallback: false,"
     " reserved_tokens: [<pre>, <mid>, <suf>], user_defined_symbols: [<user>]}"
 )
-MIDDLE = "fill_in_the_middle: {prefix_token: <pre>, middle_token: <mid>, suffix_token: <suf>}"
+MIDDLE = "data.fill_in_the_middle={prefix_token: <pre>, middle_token: <mid>, suffix_token: <suf>}"
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         (folder / "texts" / f"{number}.txt").write_text(text)
     recipe = folder / "recipe.yaml"
     content = RECIPE.replace("DATA", str(folder / "data")).replace("TEXTS", str(folder / "texts"))
-    recipe.write_text(
-        content.replace("{kind: train_bpe, vocab_size: 300}", f"{TOKENIZER}, {MIDDLE}")
-    )
+    recipe.write_text(content.replace("{kind: train_bpe, vocab_size: 300}", TOKENIZER))
     (folder / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     build(load_recipe(str(recipe)).data, Output(folder / "data"), workers=2)
     return Tiny(folder, recipe, folder / "data")
@@ -75,15 +74,40 @@ def test_workers_write_the_ids_of_the_library_and_two_builds_are_equal(project: 
     starts = [*stream.document_starts(0, stream.num_tokens).tolist(), stream.num_tokens]
     found = {tuple(stream.read(start, end - start).tolist()) for start, end in pairwise(starts)}
     assert found and found < expected
-    # In the training split some documents are rearranged, by sentinels that no text spells.
-    train = open_split(manifest, "train")
-    assert original.piece_to_id("<mid>") in train.read(0, train.num_tokens)
     build(load_recipe(str(project.recipe)).data, Output(project.folder / "again"), workers=1)
     again = load_manifest(project.folder / "again")
     assert again.fingerprint == manifest.fingerprint
     names = ["tokenizer.model", *(f"{split}.bin" for split in SPLITS)]
     for name in names:
         assert (project.data / name).read_bytes() == (project.folder / "again" / name).read_bytes()
+
+
+def test_documents_are_rearranged_by_a_model_that_keeps_their_blanks(project: Tiny) -> None:
+    """Sentinels are tokens that no text spells; each part has the ids of the library."""
+    folder = project.folder / "middle"
+    with pytest.raises(ConfigError, match="adds a blank to each text"):
+        build(load_recipe(str(project.recipe), [MIDDLE]).data, Output(folder), workers=1)
+    fields = ("dummy_prefix=false", "normalization=identity", "byte_fallback=true")
+    exact = [f"data.tokenizer.{field}" for field in (*fields, "vocab_size=500")]
+    build(load_recipe(str(project.recipe), [MIDDLE, *exact]).data, Output(folder), workers=2)
+    manifest = load_manifest(folder)
+    original = library(manifest)
+    sentinels = [original.piece_to_id(name) for name in ("<pre>", "<suf>", "<mid>")]
+    train = open_split(manifest, "train")
+    starts = [*train.document_starts(0, train.num_tokens).tolist(), train.num_tokens]
+    texts = {path.read_text() for path in (project.folder / "texts").iterdir()}
+    rearranged = 0
+    for start, end in pairwise(starts):
+        ids = train.read(start, end - start).tolist()[:-1]
+        cuts = [place for place, number in enumerate(ids) if number in sentinels]
+        if [ids[place] for place in cuts] != sentinels:
+            continue
+        bounds = [*cuts[1:], len(ids)]
+        parts = [ids[begin + 1 : stop] for begin, stop in zip(cuts, bounds, strict=True)]
+        prefix, suffix, middle = map(original.decode, parts)
+        assert prefix + middle + suffix in texts
+        rearranged += len(middle) > 0
+    assert rearranged
 
 
 def test_a_run_resumes_and_its_checkpoint_generates(project: Tiny, checkpoint: Path) -> None:
@@ -160,7 +184,6 @@ def test_a_run_without_any_special_token_trains_and_writes_after_a_prompt(projec
     (folder / "plain.json").write_text(json.dumps(content | {"added_tokens": []}))
     settings = [
         f"data.path={folder / 'data'}",
-        "data.fill_in_the_middle=null",
         f"data.tokenizer={{kind: file, path: {folder / 'plain.json'}, append_eod: false}}",
     ]
     overrides = [part for setting in settings for part in ("--set", setting)]

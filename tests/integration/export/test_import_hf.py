@@ -7,11 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_pipeline.preprocess.coordinator import build
+from data_pipeline.preprocess.workspace import Output
+from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.tokenizer.config import TrainSentencePiece
+from data_pipeline.tokenizer.sentencepiece_model import convert_sentencepiece
 from data_pipeline.tokenizer.sentencepiece_training import train_sentencepiece
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from pretrain.checkpoint.initialize_from import starting_point
 from pretrain.checkpoint.layout import TOKENIZER, read_recipe
 from pretrain.checkpoint.validate import open_whole_weights
+from pretrain.config.load import load_recipe
 from pretrain.core.errors import DONE, CheckpointError, ConfigError
 from pretrain.evaluation.checkpoint import whole_checkpoint
 from pretrain.evaluation.generation.generate import Sampling, generate
@@ -109,6 +115,45 @@ def test_a_sentencepiece_tokenizer_comes_with_its_export(tmp_path: Path) -> None
     text = "the two  routers ½"
     assert ours.encode(text) == theirs.encode(text) == model.encode([text])[0].tolist()
     assert ours.eod_id == theirs.eod_id == 2
+
+
+def test_training_starts_from_a_sentencepiece_model_that_could_be_converted(
+    tmp_path: Path,
+) -> None:
+    config = TrainSentencePiece(
+        kind="train_sentencepiece",
+        model_type="bpe",
+        vocab_size=295,
+        byte_fallback=True,
+        normalization="identity",
+        eod_token="<|end|>",
+    )
+    model = train_sentencepiece(["the router sends each token to two experts"] * 9, config)
+    assert convert_sentencepiece(model.content, "it").startswith(b"{")
+    source = their_folder(tmp_path, "mixtral_8x7b_mini", model, torch.float32)
+    (source / TOKENIZER).unlink()
+    (source / "tokenizer.model").write_bytes(model.content)
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "SentencePieceBackend"}')
+    import_hf(source, tmp_path / "ours", overwrite=False)
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        text = f"the router sends token {number} to two experts " * 20
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    folder = whole_checkpoint(tmp_path / "ours")
+    recipe = load_recipe(
+        str(folder / "recipe.yaml"),
+        [
+            f"data.source={{kind: text, input: ['{tmp_path}/texts/*.txt']}}",
+            f"initial_weights={tmp_path / 'ours'}",
+        ],
+    )
+    build(recipe.data, Output(tmp_path / "data"), workers=1)
+    tokenizer = load_manifest(tmp_path / "data").tokenizer
+    assert (tokenizer.file, tokenizer.sha256) == ("tokenizer.model", model.sha256)
+    start = starting_point(recipe, tokenizer.sha256, None)
+    assert start is not None and start.found.is_whole
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        starting_point(recipe, "0" * 64, None)
 
 
 def test_one_choice_that_is_divided_by_itself_comes_as_it_is_with_a_warning(

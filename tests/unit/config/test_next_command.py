@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shlex
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.load import load_recipe
+from pretrain.config.load import load_recipe, read_recipe_file
 from pretrain.config.next_command import fewest_ranks, next_command, training_command
 from pretrain.config.rules.sections import check_topology
 from pretrain.run.arguments import parse_arguments
@@ -98,6 +99,32 @@ def test_the_next_command_trains_the_data_section_that_was_built(
             assert trained.run_path == value
         if field == "train.micro_batch_size":
             assert trained.train.micro_batch_size == 1
+
+
+def test_a_share_replaces_the_number_of_held_out_documents_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, _ = read_recipe_file("debug")
+    content["data"]["validation_documents"] = 7
+    name = str(tmp_path / "exact.yaml")
+    Path(name).write_text(json.dumps(content))
+    assert load_recipe(name).data.validation_documents == 7
+    words = ["--recipe", name, "--validation-share", "0.25", "--output", str(tmp_path)]
+    arguments, built, output = built_with(words, monkeypatch)
+    _, trained = trained_by(next_command(name, arguments.overrides, built, output.path))
+    for recipe in (built, trained):
+        assert recipe.data.validation_share == 0.25 and recipe.data.validation_documents is None
+
+
+def test_a_share_and_a_number_of_held_out_documents_are_refused_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--validation-share", "0.25", "--validation-documents", "7", "--output", "x"]
+    with pytest.raises(SystemExit) as refused:
+        built_with(words, monkeypatch)
+    assert refused.value.code == 2
+    message = capsys.readouterr().err
+    assert "--validation-documents: not allowed with argument --validation-share" in message
 
 
 def test_what_the_recipe_says_already_is_not_said_again() -> None:
