@@ -83,6 +83,17 @@ ACCELERATORS = (
     Accelerator(
         "RTX 4090", "4090", 165e12, 82.6e12, 24e9, "NVIDIA Ada architecture whitepaper", (8, 9)
     ),
+    Accelerator(
+        "RTX 5090",
+        "5090",
+        209.5e12,
+        104.8e12,
+        32e9,
+        "NVIDIA RTX Blackwell GPU architecture whitepaper",
+        (12, 0),
+    ),
+    # fp16 alone: it has no bf16.
+    Accelerator("T4", "T4", 65e12, 8.1e12, 16e9, "NVIDIA T4 data sheet", (7, 5), has_fp8=False),
     Accelerator("MI300X", "MI300X", 1307e12, 163e12, 192e9, "AMD Instinct MI300X data sheet"),
 )
 
