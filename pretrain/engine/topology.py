@@ -242,16 +242,22 @@ def _start_watchdog(limit: float) -> None:
 
 
 def _join() -> None:
+    is_alone = os.environ["WORLD_SIZE"] == "1"
     with ACTIVITY.pause("connecting"):
-        try:
-            # discover() has set all variables, so DeepSpeed must not look for an MPI launcher.
-            deepspeed.init_distributed(
-                auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
-            )
-        except RuntimeError as error:
-            if not is_peer_loss(error):
-                raise
-            end_without_peer(error)
+        for last in (not is_alone, True):
+            try:
+                # discover() has set all variables, so DeepSpeed must not look for an MPI launcher.
+                deepspeed.init_distributed(
+                    auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_TIMEOUT
+                )
+                return
+            except RuntimeError as error:
+                if not is_peer_loss(error):
+                    raise
+                if last:
+                    end_without_peer(error)
+            # Another process of this machine may have taken the port since it was found free.
+            os.environ["MASTER_PORT"] = str(free_port())
 
 
 def rely_on_watchdog(timeout_seconds: float) -> None:
