@@ -6,8 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tests.support.paths import SCRIPT
-from tests.support.tiny_run import Started, Tiny
+from tests.support.tiny_run import SCRIPT, Started, Tiny
 
 
 def test_a_run_of_one_process_takes_another_port(tiny: Tiny, tmp_path: Path) -> None:
