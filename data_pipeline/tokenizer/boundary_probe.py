@@ -26,7 +26,7 @@ def boundary_probe(tokenizer: Tokenizer) -> Tokenizer | None:
     reference = tokenizer.reference
     if not (
         isinstance(reference, TokenizersReference)
-        and is_byte_level(reference.library.pre_tokenizer)
+        and is_byte_level(reference.backend.pre_tokenizer)
     ):
         return None
     spelling = byte_characters()
@@ -50,7 +50,7 @@ def boundary_probe(tokenizer: Tokenizer) -> Tokenizer | None:
     random.Random(0).shuffle(pairs)
     for left, right in pairs:
         join(left, right)
-    content = json.loads(reference.library.to_str())
+    content = json.loads(reference.backend.to_str())
     content |= {
         "added_tokens": [],
         "post_processor": None,

@@ -184,7 +184,7 @@ _FOLDED_CONTRACTION = re.compile(f"'[A-Za-z]?[{re.escape(_FOLDED)}]")
 def _library(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     if not isinstance(tokenizer.reference, TokenizersReference):
         raise ValueError("it is a SentencePiece model")
-    return tokenizer.reference.library
+    return tokenizer.reference.backend
 
 
 def _with_every_byte(tokenizer: Tokenizer) -> JsonObject:

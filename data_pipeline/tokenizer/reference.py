@@ -59,7 +59,7 @@ class TokenizersReference:
     """A ``tokenizer.json`` in the tokenizers library.
 
     Attributes:
-        library: the tokenizer, without truncation, padding and dropout.
+        backend: the library's tokenizer, without truncation, padding and dropout.
     """
 
     engine = "tokenizers"
@@ -70,16 +70,16 @@ class TokenizersReference:
     pad_id: int | None = None
 
     def __init__(self, content: bytes, origin: str, parse_special_tokens: bool) -> None:
-        self.library = _read_json(content, origin)
+        self.backend = _read_json(content, origin)
         # A text that spells out a special token must not end its document there.
-        self.library.encode_special_tokens = not parse_special_tokens
-        self.vocabulary: dict[str, int] = self.library.get_vocab(with_added_tokens=True)
-        added = self.library.get_added_tokens_decoder()
+        self.backend.encode_special_tokens = not parse_special_tokens
+        self.vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        added = self.backend.get_added_tokens_decoder()
         self.added_tokens = {token.content: number for number, token in added.items()}
         self.special_tokens = {
             token.content: number for number, token in added.items() if token.special
         }
-        self._may_be_cut = may_be_cut(self.library) and not (
+        self._may_be_cut = may_be_cut(self.backend) and not (
             parse_special_tokens
             # Such a token reaches over white space, at which texts are cut.
             and any(
@@ -94,20 +94,20 @@ class TokenizersReference:
 
     def segmented(self, text: str) -> str:
         """See :meth:`Reference.segmented`."""
-        library = self.library
-        normal = text if library.normalizer is None else library.normalizer.normalize_str(text)
-        if library.pre_tokenizer is None:
+        backend = self.backend
+        normal = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+        if backend.pre_tokenizer is None:
             return normal
-        return "".join(word for word, _ in library.pre_tokenizer.pre_tokenize_str(normal))
+        return "".join(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See :meth:`Reference.encode`."""
-        encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
         """See :meth:`Reference.decode`."""
-        found: list[str] = self.library.decode_batch(
+        found: list[str] = self.backend.decode_batch(
             [list(row) for row in rows], skip_special_tokens=skip_special_tokens
         )
         return found

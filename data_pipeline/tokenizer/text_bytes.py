@@ -53,7 +53,7 @@ def _table(reference: Reference) -> np.ndarray | None:
     """
     if not (
         isinstance(reference, TokenizersReference)
-        and isinstance(reference.library.decoder, decoders.ByteLevel)
+        and isinstance(reference.backend.decoder, decoders.ByteLevel)
     ):
         return None
     table = np.zeros(max(reference.vocabulary.values()) + 1, dtype=np.int32)

@@ -67,14 +67,28 @@ def draw_sizes(ranked: Sequence[GroupResult], sizes: Sequence[float], label: str
         for entry, size in zip(ranked, sizes, strict=True)
         if entry.is_complete
     ]
+    _add_front(axes, _front(whole or list(zip(sizes, values, strict=True))))
+    _name_points(axes, ranked, sizes, values)
+    axes.set(xlabel=label, ylabel="validation perplexity")
+    return _saved(figure)
+
+
+def _add_front(axes: Any, front: Sequence[tuple[float, float]]) -> None:
+    """Add the line of the best value up to each size."""
     axes.plot(
-        *zip(*_front(whole or list(zip(sizes, values, strict=True))), strict=True),
+        *zip(*front, strict=True),
         color="tab:gray",
         linewidth=0.8,
         linestyle="--",
         drawstyle="steps-post",
         label="best up to this size",
     )
+
+
+def _name_points(
+    axes: Any, ranked: Sequence[GroupResult], sizes: Sequence[float], values: Sequence[float]
+) -> None:
+    """Write the name of each point next to it if there are few, and set scale, grid and legend."""
     if len(ranked) <= NAMED_POINTS:
         for entry, size, value in zip(ranked, sizes, values, strict=True):
             axes.annotate(
@@ -82,10 +96,8 @@ def draw_sizes(ranked: Sequence[GroupResult], sizes: Sequence[float], label: str
             )
     if max(sizes) > 1.5 * min(sizes):
         axes.set_xscale("log")
-    axes.set(xlabel=label, ylabel="validation perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _saved(figure)
 
 
 def draw_scores(ranked: Sequence[GroupResult], scores: Sequence[float], label: str) -> bytes:
@@ -100,24 +112,9 @@ def draw_scores(ranked: Sequence[GroupResult], scores: Sequence[float], label: s
     axes.plot(sizes, scores, "o", markersize=5)
     # The front of the negated scores: there, less is better.
     front = [(size, -value) for size, value in _front([(x, -y) for x, y in zip(sizes, scores)])]
-    axes.plot(
-        *zip(*front, strict=True),
-        color="tab:gray",
-        linewidth=0.8,
-        linestyle="--",
-        drawstyle="steps-post",
-        label="best up to this size",
-    )
-    if len(ranked) <= NAMED_POINTS:
-        for entry, size, value in zip(ranked, sizes, scores, strict=True):
-            axes.annotate(
-                entry.point, (size, value), textcoords="offset points", xytext=(5, 4), fontsize=7
-            )
-    if max(sizes) > 1.5 * min(sizes):
-        axes.set_xscale("log")
+    _add_front(axes, front)
+    _name_points(axes, ranked, sizes, scores)
     axes.set(xlabel="parameters", ylabel=label)
-    axes.grid(alpha=0.3)
-    axes.legend()
     return _saved(figure)
 
 

@@ -83,7 +83,7 @@ class Chat:
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    library = small_tokenizer().reference.library
+    library = small_tokenizer().reference.backend
     library.encode_special_tokens = False
     names = ("<s>", "<pad>", "<unk>", *ENDS[1:])
     library.add_special_tokens([AddedToken(name, special=True) for name in names])

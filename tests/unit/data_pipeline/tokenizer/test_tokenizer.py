@@ -106,7 +106,7 @@ def test_every_plane_round_trips_with_any_options(
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
     return [
         text[start:end]
-        for _, (start, end) in tokenizer.reference.library.pre_tokenizer.pre_tokenize_str(text)
+        for _, (start, end) in tokenizer.reference.backend.pre_tokenizer.pre_tokenize_str(text)
     ]
 
 
@@ -246,7 +246,7 @@ def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
     return [
         token
         for part in parts
-        for token in tokenizer.reference.library.encode(part, add_special_tokens=False).ids
+        for token in tokenizer.reference.backend.encode(part, add_special_tokens=False).ids
     ]
 
 
