@@ -292,6 +292,12 @@ def main(command: list[str]) -> int:
     except ConfigError as error:
         say(str(error))
         return USAGE
+    except (FileNotFoundError, PermissionError) as error:
+        say(
+            f"{error.filename or command[0]} cannot be started ({error.strerror}): activate the"
+            " environment that the project is installed in"
+        )
+        return USAGE
 
 
 if __name__ == "__main__":

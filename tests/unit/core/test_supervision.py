@@ -46,3 +46,15 @@ def test_the_supervisor_says_it_before_it_starts_anything(variable: str) -> None
     )
     assert (ended.returncode, ended.stdout) == (USAGE, "")
     assert f"{variable}=soon is no number of seconds" in ended.stderr
+
+
+def test_a_launcher_that_is_not_there_is_a_sentence() -> None:
+    ended = subprocess.run(
+        [sys.executable, str(LAUNCHERS / "supervise.py"), "no-such-launcher"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == USAGE
+    assert "no-such-launcher cannot be started (No such file or directory)" in ended.stderr
+    assert "Traceback" not in ended.stderr
