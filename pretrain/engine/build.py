@@ -20,6 +20,7 @@ from pretrain.engine.monitor import without_monitors
 from pretrain.engine.topology import Topology
 from pretrain.engine.workarounds.compiled_muon import import_muon_without_compiler
 from pretrain.engine.workarounds.flat_partitions import give_shards
+from pretrain.engine.workarounds.gradient_copies import spare_gradient_copies
 from pretrain.engine.workarounds.stage0_first_step import forget_first_step
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
@@ -104,6 +105,7 @@ def start_deepspeed(
     )
     # DeepSpeed has touched the optimizer's state by now, and has cut parameters into partitions.
     forget_first_step(wrapped, zero_stage, precision)
+    spare_gradient_copies(wrapped, zero_stage)
     if isinstance(optimizer, MatrixOptimizer):
         give_shards(wrapped, optimizer, zero_stage, device)
     return engine, wrapped

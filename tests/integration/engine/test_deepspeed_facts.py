@@ -128,6 +128,17 @@ assert optimizer.gradient_accumulation_steps == 2
 """)
 
 
+def test_one_rank_copies_each_gradient() -> None:
+    passes("""
+engine, optimizer, _, _ = start(1, batch=2, bf16={"enabled": True})
+copied, copy = [], optimizer.copy_grads_in_partition
+optimizer.copy_grads_in_partition = lambda *given: (copied.append(given[0].shape), copy(*given))
+engine.backward(engine(torch.ones(2, 4, dtype=torch.bfloat16, device=engine.device)).sum())
+assert copied == [(4, 4), (4,)]  # out of the bucket, which each one was copied into
+assert optimizer.averaged_gradients[0][0].dtype == torch.bfloat16  # joined, then cast to fp32
+""")
+
+
 def test_an_optimizer_that_deepspeed_has_not_tried_is_refused() -> None:
     done = run("start(1, optimizer=torch.optim.SGD)")
     assert done.returncode != 0 and "untested ZeRO Optimizer" in done.stderr

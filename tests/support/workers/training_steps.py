@@ -2,8 +2,9 @@
 
 A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight
 moved in the first step), "expert_gain" (a factor for the experts' gradients), "starved" (the step
-from which on one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate
-fault that the equality tests must notice).
+from which on one expert and half of each query matrix get no gradient), "all_copies" (gradients are
+copied as DeepSpeed alone does it) and "sabotage" (a deliberate fault that the equality tests must
+notice).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,6 +22,7 @@ from data_pipeline.loading.batch import Batch
 from pretrain.checkpoint.weights import is_expert
 from pretrain.config.load import load_recipe
 from pretrain.config.recipe import Recipe
+from pretrain.engine import build
 from pretrain.engine.engine import Engine
 from pretrain.engine.step import reduce_steps
 from pretrain.model.moe.tables.products import Factors
@@ -146,7 +149,9 @@ def describe_changes(
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
-    engine, _ = make_engine(recipe, case["zero"])
+    spare = (lambda *_: None) if case.get("all_copies") else build.spare_gradient_copies
+    with mock.patch.object(build, "spare_gradient_copies", spare):
+        engine, _ = make_engine(recipe, case["zero"])
     topology = engine.topology
     if "expert_gain" in case:
         scale_expert_gradients(engine, case["expert_gain"])
