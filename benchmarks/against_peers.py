@@ -17,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import TypeAlias
 
 from peers import comparisons
 from peers.measure import Measured
@@ -37,6 +38,8 @@ OURS = "ours"
 # What a quick run may differ from the stored ratio before it is pointed out.
 BAND = 0.2
 STORED = "benchmarks/results/against_peers.json"
+# The measurements of each side of each comparison, one a round.
+Runs: TypeAlias = dict[str, dict[str, list[Measured]]]
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ class Row:
         return statistics.median(self.ratios)
 
 
-def measure(name: str, side: str) -> Measured:
-    """Measure one side in a new process."""
+def measure(name: str, side: str) -> Measured | None:
+    """Measure one side in a new process; None, and the end of its errors are shown, if it fails."""
     command = [sys.executable, __file__, "--here", name, side]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ConfigError(f"the side '{side}' of '{name}' failed:\n{done.stderr[-3000:]}")
+        tqdm.write(f"the side '{side}' of '{name}' failed:\n{done.stderr[-3000:]}", file=sys.stderr)
+        return None
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -97,6 +101,21 @@ def print_table(results: dict[str, dict[str, Row]]) -> None:
                 f"{row.goal:g}" if row.goal else "",
             )
     Console(stderr=True).print(table)
+
+
+def report(results: dict[str, dict[str, Row]], rounds: int) -> JsonObject:
+    """The results as JSON, with where and when they were measured."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "rounds": rounds,
+        "comparisons": {
+            name: {side: asdict(row) for side, row in rows.items()}
+            for name, rows in results.items()
+        },
+    }
 
 
 def compare_with_stored(results: dict[str, dict[str, Row]]) -> None:
@@ -146,33 +165,33 @@ def main() -> int:
         raise ConfigError(f"--only: there is no {', '.join(sorted(unknown))}: see --list")
     chosen = {name: known[name] for name in options.only or known}
     rounds = 1 if options.quick else options.rounds
-    runs: dict[str, dict[str, list[Measured]]] = {
+    runs: Runs = {
         name: {side: [] for side in comparison.sides} for name, comparison in chosen.items()
     }
-    jobs = [
-        (name, side)
-        for number in range(rounds)
-        for name, comparison in chosen.items()
-        for side in list(comparison.sides)[:: -1 if number % 2 else 1]
-    ]
-    for name, side in tqdm(jobs, desc="measurements"):
-        runs[name][side].append(measure(name, side))
-    results = {name: rows_of(chosen[name], sides) for name, sides in runs.items()}
+    failed: set[str] = set()
+    with tqdm(total=rounds * sum(map(len, runs.values())), desc="measurements") as progress:
+        for number in range(rounds):
+            for name, comparison in chosen.items():
+                for side in list(comparison.sides)[:: -1 if number % 2 else 1]:
+                    measured = measure(name, side) if name not in failed else None
+                    if measured is None:
+                        failed.add(name)
+                    else:
+                        runs[name][side].append(measured)
+                    progress.update()
+            # After each round, so that an interrupted run of hours leaves what it has measured.
+            results = {
+                name: rows_of(chosen[name], sides)
+                for name, sides in runs.items()
+                if name not in failed
+            }
+            if options.json_path != "-" or number + 1 == rounds:
+                write_json(report(results, number + 1), options.json_path)
     print_table(results)
     if options.quick:
         compare_with_stored(results)
-    result: JsonObject = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": hardware(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "rounds": rounds,
-        "comparisons": {
-            name: {side: asdict(row) for side, row in rows.items()}
-            for name, rows in results.items()
-        },
-    }
-    write_json(result, options.json_path)
+    if failed:
+        raise ConfigError(f"not measured, for the reasons above: {', '.join(sorted(failed))}")
     return 0
 
 

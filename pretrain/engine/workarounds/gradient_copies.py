@@ -69,7 +69,7 @@ def _joined_in_fp32(gradients: list[torch.Tensor]) -> GradPartitionBufferGroup:
         part.copy_(gradient)
         # DeepSpeed's mark of what is no parameter's gradient.
         if getattr(gradient, "_zero_padding", False):
-            part._zero_padding = True  # type: ignore[attr-defined]
+            part._zero_padding = True
         joined.append(part)
     return GradPartitionBufferGroup(joined, flat_N)
 
@@ -81,5 +81,5 @@ def _norm(gradient: torch.Tensor) -> torch.Tensor:
         torch.stack([torch.linalg.vector_norm(part.double()) for part in parts])
     )
     if getattr(gradient, "_zero_padding", False):
-        norm._zero_padding = True  # type: ignore[attr-defined]
+        norm._zero_padding = True
     return norm

@@ -56,7 +56,7 @@ def experts_loop(
     form: ExpertForm,
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
-    """One expert after the other: the reference, and the fastest form in fp32 on CPUs.
+    """One expert after the other: the reference, and the fastest form for few rows on CPUs.
 
     Reads the counts on the host, which synchronises with a GPU.
     """
@@ -187,11 +187,14 @@ class Experts(nn.Module):
         """Whether rows like these use the grouped product.
 
         It computes in bf16 only on CUDA. On CPUs it saves the stacking of the experts' gradients in
-        training; else the loop is faster, which passes over experts without rows.
+        training, with the same bits; else the loop is faster, which passes over experts without
+        rows.
         """
         if self.kernel != "auto":
             return self.kernel == "grouped_mm"
-        return x.dtype == torch.bfloat16 and (x.is_cuda or torch.is_grad_enabled())
+        if x.is_cuda:
+            return x.dtype == torch.bfloat16
+        return torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float32)
 
     def forward(
         self,
