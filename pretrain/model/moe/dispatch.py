@@ -67,10 +67,10 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         rows_RD, order_R, inverse_R, weights_TK = ctx.saved_tensors
         rows_TKD = rows_RD.index_select(0, inverse_R).unflatten(0, weights_TK.shape)
-        # In the order of the experts at once; fp32 weights make an fp32 product.
-        grad_RD = grad_TD.index_select(0, order_R // weights_TK.shape[1])
-        weights_R = weights_TK.reshape(-1)[order_R]
-        rows_gradient_RD = (grad_RD * weights_R[:, None]).to(rows_TKD.dtype)
+        # In the order of the experts at once. fp32 weights make an fp32 product; in place it is
+        # rounded without being stored in fp32.
+        rows_gradient_RD = grad_TD.index_select(0, order_R // weights_TK.shape[1])
+        rows_gradient_RD.mul_(weights_TK.reshape(-1)[order_R][:, None])
         rows_TDK = rows_TKD.float().transpose(1, 2)
         weights_gradient_TK = torch.bmm(grad_TD.float()[:, None], rows_TDK)[:, 0]
         return rows_gradient_RD, None, None, weights_gradient_TK

@@ -238,6 +238,17 @@ def test_a_layer_equals_itself_without_the_kernels(kernel: str, top_k: int) -> N
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 
 
+def test_inference_equals_training() -> None:
+    layer = DroplessMoE(tiny_config()).to(DEVICE)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x_BSD = leaf(2, 9, 32)
+    trained_BSD, _ = layer(x_BSD)
+    with torch.inference_mode():
+        inferred_BSD, statistics = layer(x_BSD)
+    assert statistics is None and torch.equal(inferred_BSD, trained_BSD)
+
+
 def test_a_fused_layer_reads_and_writes_few_bytes() -> None:
     traffic = traffic_of_a_layer()
     # Rows: gathered 4, combined 2 and 4 back, gradients of two products added 6, summed 2.

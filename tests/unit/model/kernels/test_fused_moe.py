@@ -117,7 +117,7 @@ def test_kernels_compile_for_a_gpu(
 
 def test_a_plain_layer_reads_and_writes_no_more_than_it_did() -> None:
     traffic = traffic_of_a_layer()
-    assert dict(traffic.bytes) == {"RD": 60, "RF": 28, "TD": 40}
+    assert dict(traffic.bytes) == {"RD": 52, "RF": 28, "TD": 40}
 
 
 def test_traffic_is_counted_by_elements_and_type() -> None:
