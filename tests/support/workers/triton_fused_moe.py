@@ -22,7 +22,7 @@ from pretrain.model.kernels.selection import Mode, set_fused_kernels
 from pretrain.model.moe.dispatch import combine, gather_tokens, group_rows
 from pretrain.model.moe.dropless import DroplessMoE
 from tests.support.moe_traffic import traffic_of_a_layer
-from tests.support.tiny_model import random_tensor, tiny_config
+from tests.support.tiny_model import random_tensor, random_tokens, tiny_config, tiny_model
 
 DEVICE: str
 FUSED: Mode
@@ -235,6 +235,23 @@ def test_a_layer_equals_itself_without_the_kernels(kernel: str, top_k: int) -> N
     ours = layer_results(moe, torch.float32, True)
     set_fused_kernels("none")
     for one, other in zip(ours, layer_results(moe, torch.float32, True), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+def model_gradients() -> list[Tensor]:
+    """The loss of a model that recomputes its activations, and all its gradients."""
+    model = tiny_model(activation_checkpointing=True).to(DEVICE).train()
+    tokens = random_tokens(2, 9, seed=5).to(DEVICE)
+    output = model(tokens[:, :-1], tokens[:, 1:], torch.tensor(16.0, device=DEVICE))
+    output.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return [output.loss.detach(), *(one for one in gradients if one is not None)]
+
+
+def test_recomputed_activations_equal_the_plain_ones() -> None:
+    ours = model_gradients()
+    set_fused_kernels("none")
+    for one, other in zip(ours, model_gradients(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 
 
