@@ -90,6 +90,13 @@ class TrainConfig(Section):
             "also what is between the matrix products of experts and head"
         ),
     )
+    fused_kernels: Literal["auto", "none"] = Field(
+        "auto",
+        description=(
+            "'auto': Triton kernels on CUDA for what is between the matrix products, if Triton is "
+            "installed; 'none': torch's operators everywhere"
+        ),
+    )
     activation_checkpointing: bool = Field(
         False,
         description="recompute each block in the backward pass instead of keeping its activations",

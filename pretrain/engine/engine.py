@@ -40,6 +40,7 @@ from pretrain.engine.workarounds.norm_of_tables import count_in_norm
 from pretrain.engine.workarounds.stage0_gradient_norm import Stage0Clipping
 from pretrain.engine.workarounds.update_veto import UpdateVeto
 from pretrain.model.decoder import TrainOutput
+from pretrain.model.kernels.selection import set_fused_kernels
 from pretrain.optim.param_groups import (
     build_optimizer,
     learning_rate_scale,
@@ -93,6 +94,7 @@ class Engine:
         self.precision = precision
         self.zero_stage = stage_of(ds_config)
         set_matmul_precision(recipe.train.tf32)
+        set_fused_kernels(recipe.train.fused_kernels)
         # The order below matters: tables leave the model before DeepSpeed sees its parameters, and
         # all hooks are attached after DeepSpeed has built its optimizer.
         shard = expert_shard(recipe, topology, self.zero_stage)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.config import Clamped, FeedForwardConfig, GELUConfig
+from pretrain.model.kernels.gated import gated, use_fused_gate
 
 
 class FeedForward(nn.Module, ABC):
@@ -56,6 +57,8 @@ class SwiGLU(FeedForward):
 
     @staticmethod
     def activate(config: FeedForwardConfig, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if use_fused_gate(gate, up):
+            return gated(gate, up)
         return functional.silu(gate) * up
 
 
@@ -83,6 +86,8 @@ class ClampedSwiGLU(FeedForward):
 
     @staticmethod
     def activate(config: Clamped, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if use_fused_gate(gate, up):
+            return gated(gate, up, config.alpha, config.limit)
         # The gate is clamped from above only: silu is bounded from below.
         gate = gate.clamp(max=config.limit)
         return (

@@ -109,22 +109,43 @@ class _GroupedLinear(torch.autograd.Function):
     The backward pass of torch's own product returns the gradient of a transposed weight, which
     autograd then copies into the weight's layout; here it has that layout from the start. And the
     weight itself is saved, no view of it, which would keep the memory that ZeRO-3 means to free.
+
+    Groups are of any size, none is padded. torch's kernel for bf16 on CUDA wants the start of each
+    group on 16 bytes: here that is the start of a row, in all three products. Only its fp8 forms
+    need groups of multiples of 16 (MXFP8: 32) rows.
     """
 
     @staticmethod
     def forward(ctx, x_RI, weight_eOI, offsets_e):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_RI, weight_eOI, offsets_e)
+        # A rank may receive no row at all; kernels for CUDA are not built for that.
+        if len(x_RI) == 0:
+            return x_RI.new_empty(0, weight_eOI.shape[1])
         return functional.grouped_mm(x_RI, weight_eOI.transpose(-2, -1), offs=offsets_e)
 
     @staticmethod
     def backward(ctx, grad_RO):  # type: ignore[no-untyped-def]
         x_RI, weight_eOI, offsets_e = ctx.saved_tensors
+        if len(x_RI) == 0:
+            return torch.zeros_like(x_RI), torch.zeros_like(weight_eOI), None
         x_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = functional.grouped_mm(grad_RO, weight_eOI, offs=offsets_e)
         if ctx.needs_input_grad[1]:
             weight_gradient = functional.grouped_mm(grad_RO.T, x_RI, offs=offsets_e)
+            if grad_RO.is_cuda and torch.cuda.get_device_capability(grad_RO.device)[0] >= 10:
+                weight_gradient = zero_where_no_rows(weight_gradient, offsets_e)
         return x_gradient, weight_gradient, None
+
+
+def zero_where_no_rows(gradient_eOI: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
+    """A gradient of experts, 0 for those without rows.
+
+    On GPUs of compute capability 10 torch's grouped product returns something else for them
+    (https://github.com/pytorch/pytorch/issues/172439).
+    """
+    is_empty_e = offsets_e.diff(prepend=offsets_e.new_zeros(1)) == 0
+    return gradient_eOI.masked_fill(is_empty_e[:, None, None], 0.0)
 
 
 def _grouped_linear(
@@ -146,6 +167,10 @@ def experts_grouped_mm(
     """All experts at once by ``torch.nn.functional.grouped_mm``; the counts stay on the device."""
     # grouped_mm takes the end of each group, int32.
     offsets_e = counts_e.cumsum(0, dtype=torch.int32)
+    # Two products read x twice and their gradients by x are added: 12 R D bytes in bf16 that one
+    # product by both matrices would spare. To join them it has to copy both in either pass: 16 e X
+    # D bytes a micro batch, more than it spares up to 4/3 X rows per expert, and a second copy of
+    # the matrices to hold.
     first_RX = _grouped_linear(x_RD, w1_eXD, offsets_e)
     third_RX = _grouped_linear(x_RD, w3_eXD, offsets_e)
     if biases is None:
@@ -182,18 +207,21 @@ class Experts(nn.Module):
         self.form = form
         self.kernel = kernel
         self.first = first
+        # What torch's kernel for CUDA takes: rows of whole 16 bytes in bf16, below 1024 matrices.
+        # Read now: ZeRO-3 empties the parameters.
+        self.fits_cuda = len(w1) < 1024 and w1.shape[-1] % 8 == 0 and w2.shape[-1] % 8 == 0
 
     def uses_grouped_mm(self, x: torch.Tensor) -> bool:
         """Whether rows like these use the grouped product.
 
-        It computes in bf16 only on CUDA. On CPUs it saves the stacking of the experts' gradients in
-        training, with the same bits; else the loop is faster, which passes over experts without
-        rows.
+        On CUDA it computes in bf16 only, with sizes that are multiples of 8. On CPUs it saves the
+        stacking of the experts' gradients in training, with the same bits; else the loop is faster,
+        which passes over experts without rows.
         """
         if self.kernel != "auto":
             return self.kernel == "grouped_mm"
         if x.is_cuda:
-            return x.dtype == torch.bfloat16
+            return x.dtype == torch.bfloat16 and self.fits_cuda
         return torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float32)
 
     def forward(

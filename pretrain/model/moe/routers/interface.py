@@ -87,7 +87,9 @@ class Router(Section):
         # Sigmoid scores may all be tiny: the bound keeps their sum from dividing by zero.
         if self.norm_topk_prob:
             scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        return scores_TK * self.routed_scaling_factor
+        if self.routed_scaling_factor != 1.0:
+            scores_TK = scores_TK * self.routed_scaling_factor
+        return scores_TK
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Check that this router can choose ``top_k`` of ``num_experts``.

@@ -26,7 +26,10 @@ class SoftmaxTopK(Router):
     )
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        return (logits_TE / self.temperature).softmax(dim=-1)
+        # 1 needs no pass over the logits, nor one over their gradient.
+        if self.temperature != 1.0:
+            logits_TE = logits_TE / self.temperature
+        return logits_TE.softmax(dim=-1)
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
         return scores_TE

@@ -5,6 +5,7 @@ other; values and gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from pretrain.model.moe.experts import (
     Experts,
     experts_grouped_mm,
     experts_loop,
+    zero_where_no_rows,
 )
 from tests.support.tiny_model import random_tensor
 
@@ -257,6 +259,72 @@ def test_auto_is_the_grouped_product_in_bf16_training_only() -> None:
     ):
         with torch.set_grad_enabled(training):
             assert experts.uses_grouped_mm(torch.zeros(1, 1, dtype=dtype)) is expected
+
+
+def test_auto_is_the_loop_on_cuda_for_sizes_that_its_kernel_does_not_take() -> None:
+    class OnCuda:
+        """What the choice reads of a tensor on CUDA."""
+
+        dtype, is_cuda = torch.bfloat16, True
+
+    x: Any = OnCuda()
+    for experts, rows, columns, expected in (
+        (2, 8, 16, True),
+        (2, 12, 16, False),
+        (2, 8, 4, False),
+    ):
+        w1, w2 = torch.zeros(experts, rows, columns), torch.zeros(experts, columns, rows)
+        module = Experts(*map(nn.Parameter, (w1, w2, w1.clone())), FORMS["swiglu"], "auto", 0)
+        assert module.uses_grouped_mm(x) is expected
+    many = nn.Parameter(torch.zeros(1024, 8, 8))
+    assert not Experts(many, many, many, FORMS["swiglu"], "auto", 0).uses_grouped_mm(x)
+
+
+def test_gradients_of_experts_without_rows_can_be_cleared() -> None:
+    gradient = torch.ones(4, 2, 3)
+    cleared = zero_where_no_rows(gradient, torch.tensor([2, 2, 5, 5], dtype=torch.int32))
+    assert cleared[:, 0, 0].tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("rows", [20, 0])
+def test_the_grouped_product_is_one_compiled_graph(rows: int, kind: str) -> None:
+    form = FORMS[kind]
+    dtype = torch.bfloat16
+    x_RD = random_tensor(rows, D, dtype=dtype)
+    shapes = [(F, D), (D, F), (F, D)]
+    weights = [random_tensor(E, *shape, seed=s, dtype=dtype) for s, shape in enumerate(shapes)]
+    biases = (
+        ExpertBiases(*(random_tensor(E, width, seed=9, dtype=dtype) for width in (F, F, D)))
+        if form.config.bias
+        else None
+    )
+    counts_e = torch.tensor(COUNTS["mixed"]) * (rows // 20)
+
+    def compute(x_RD: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        return experts_grouped_mm(x_RD, counts_e, **named(weights), form=form, biases=biases)
+
+    torch._dynamo.reset()
+    traced = torch.compile(compute, backend="aot_eager", fullgraph=True, dynamic=True)
+    eager_RD, traced_RD = compute(x_RD, weights), traced(x_RD, weights)
+    assert traced_RD.shape == (rows, D)
+    leaves = [x_RD, *weights, *(biases or ())]
+    assert_all_close(
+        [traced_RD, *gradients_of(traced_RD, leaves)],
+        [eager_RD, *gradients_of(eager_RD, leaves)],
+        tolerance=0.05,
+    )
+
+
+def test_experts_without_any_row_have_gradients_of_zeros() -> None:
+    weights = [random_tensor(E, *shape) for shape in ((F, D), (D, F), (F, D))]
+    x_RD = random_tensor(0, D)
+    y_RD = experts_grouped_mm(
+        x_RD, torch.zeros(E, dtype=torch.long), **named(weights), form=FORMS["swiglu"]
+    )
+    gradients = gradients_of(y_RD, [x_RD, *weights])
+    assert [one.shape for one in gradients] == [x_RD.shape, *(one.shape for one in weights)]
+    assert all(one.count_nonzero() == 0 for one in gradients)
 
 
 def test_rows_of_a_neighbouring_expert_are_told_apart() -> None:
