@@ -1,4 +1,4 @@
-"""Many experts over rows grouped by expert: a plain loop, and torch's grouped matrix product."""
+"""Many experts over rows grouped by expert: a plain loop, and grouped matrix products."""
 
 from __future__ import annotations
 
@@ -146,14 +146,59 @@ def experts_grouped_mm(
     """All experts at once by ``torch.nn.functional.grouped_mm``; the counts stay on the device."""
     # grouped_mm takes the end of each group, int32.
     offsets_e = counts_e.cumsum(0, dtype=torch.int32)
-    first_RX = _grouped_linear(x_RD, w1_eXD, offsets_e)
-    third_RX = _grouped_linear(x_RD, w3_eXD, offsets_e)
+    return experts_by_product(
+        lambda x_RI, weight_eOI: _grouped_linear(x_RI, weight_eOI, offsets_e),
+        x_RD,
+        counts_e,
+        matrices=(w1_eXD, w2_eDF, w3_eXD),
+        form=form,
+        biases=biases,
+    )
+
+
+def experts_by_product(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x_RD: torch.Tensor,
+    counts_e: torch.Tensor,
+    *,
+    matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    form: ExpertForm,
+    biases: ExpertBiases | None,
+) -> torch.Tensor:
+    """All experts at once by a product of rows grouped by expert with [e, out, in] matrices.
+
+    Args:
+        product: rows [R, in] times the transposed matrix [out, in] of each row's expert, [R, out].
+        matrices: w1, w2 and w3.
+    """
+    w1_eXD, w2_eDF, w3_eXD = matrices
+    first_RX, third_RX = product(x_RD, w1_eXD), product(x_RD, w3_eXD)
     if biases is None:
-        return _grouped_linear(form.hidden(first_RX, third_RX), w2_eDF, offsets_e)
-    # grouped_mm takes no bias: each row's own is looked up.
+        return product(form.hidden(first_RX, third_RX), w2_eDF)
+    # Grouped products take no bias: each row's own is looked up.
     expert_R = torch.repeat_interleave(counts_e, output_size=x_RD.shape[0])
     hidden_RF = form.hidden(first_RX + biases.b1_eX[expert_R], third_RX + biases.b3_eX[expert_R])
-    return _grouped_linear(hidden_RF, w2_eDF, offsets_e) + biases.b2_eD[expert_R]
+    return product(hidden_RF, w2_eDF) + biases.b2_eD[expert_R]
+
+
+def prefers_grouped_mm(x: torch.Tensor) -> bool:
+    """Whether the kernel ``auto`` is the grouped product for rows like these.
+
+    It computes in bf16 only on CUDA. On CPUs it saves the stacking of the experts' gradients in
+    training; else the loop is faster, which passes over experts without rows.
+    """
+    return x.dtype == torch.bfloat16 and (x.is_cuda or torch.is_grad_enabled())
+
+
+def experts_auto(x_RD: torch.Tensor, counts_e: torch.Tensor, **terms: Any) -> torch.Tensor:
+    """The loop or torch's grouped product, see :func:`prefers_grouped_mm`."""
+    compute = experts_grouped_mm if prefers_grouped_mm(x_RD) else experts_loop
+    return compute(x_RD, counts_e, **terms)
+
+
+# Rows grouped by local expert [R, D] and the row count of each [e] -> [R, D]; by keyword the
+# matrices w1_eXD, w2_eDF and w3_eXD, the form and the biases.
+ExpertFunction = Callable[..., torch.Tensor]
 
 
 class Experts(nn.Module):
@@ -172,7 +217,7 @@ class Experts(nn.Module):
         w2: nn.Parameter,
         w3: nn.Parameter,
         form: ExpertForm,
-        kernel: str,
+        kernel: ExpertFunction,
         first: int,
     ) -> None:
         super().__init__()
@@ -183,15 +228,11 @@ class Experts(nn.Module):
         self.kernel = kernel
         self.first = first
 
-    def uses_grouped_mm(self, x: torch.Tensor) -> bool:
-        """Whether rows like these use the grouped product.
-
-        It computes in bf16 only on CUDA. On CPUs it saves the stacking of the experts' gradients in
-        training; else the loop is faster, which passes over experts without rows.
-        """
-        if self.kernel != "auto":
-            return self.kernel == "grouped_mm"
-        return x.dtype == torch.bfloat16 and (x.is_cuda or torch.is_grad_enabled())
+    def is_grouped(self, x: torch.Tensor) -> bool:
+        """Whether rows like these are multiplied by a grouped product, not one by one."""
+        if self.kernel is experts_auto:
+            return prefers_grouped_mm(x)
+        return self.kernel is not experts_loop
 
     def forward(
         self,
@@ -211,5 +252,4 @@ class Experts(nn.Module):
         if chosen is not None:
             return experts_of_one_token(x_RD, chosen, **matrices, form=form, biases=biases)
         assert counts_e is not None
-        compute = experts_grouped_mm if self.uses_grouped_mm(x_RD) else experts_loop
-        return compute(x_RD, counts_e, **matrices, form=form, biases=biases)
+        return self.kernel(x_RD, counts_e, **matrices, form=form, biases=biases)

@@ -23,6 +23,7 @@ from pretrain.model.moe.experts import (
     ExpertBiases,
     ExpertForm,
     Experts,
+    experts_auto,
     experts_grouped_mm,
     experts_loop,
 )
@@ -249,14 +250,16 @@ def test_in_bf16_on_a_cpu_both_kernels_compute_the_same_bits() -> None:
 
 
 def test_auto_is_the_grouped_product_in_bf16_training_only() -> None:
-    experts = Experts(*map(nn.Parameter, [torch.zeros(1, 1, 1)] * 3), FORMS["swiglu"], "auto", 0)
+    experts = Experts(
+        *map(nn.Parameter, [torch.zeros(1, 1, 1)] * 3), FORMS["swiglu"], experts_auto, 0
+    )
     for dtype, training, expected in (
         (torch.bfloat16, True, True),
         (torch.bfloat16, False, False),
         (torch.float32, True, False),
     ):
         with torch.set_grad_enabled(training):
-            assert experts.uses_grouped_mm(torch.zeros(1, 1, dtype=dtype)) is expected
+            assert experts.is_grouped(torch.zeros(1, 1, dtype=dtype)) is expected
 
 
 def test_rows_of_a_neighbouring_expert_are_told_apart() -> None:
