@@ -2,8 +2,9 @@
 
 A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight
 moved in the first step), "expert_gain" (a factor for the experts' gradients), "starved" (the step
-from which on one expert and half of each query matrix get no gradient) and "sabotage" (a deliberate
-fault that the equality tests must notice).
+from which on one expert and half of each query matrix get no gradient), "zero_optimization" (more of
+that section of the ds_config) and "sabotage" (a deliberate fault that the equality tests must
+notice).
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def describe_changes(
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
-    engine, _ = make_engine(recipe, case["zero"])
+    zero = {"stage": case["zero"], **case.get("zero_optimization", {})}
+    engine, _ = make_engine(recipe, case["zero"], {"zero_optimization": zero})
     topology = engine.topology
     if "expert_gain" in case:
         scale_expert_gradients(engine, case["expert_gain"])
