@@ -2,8 +2,8 @@
 
 A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight
 moved in the first step), "expert_gain" (a factor for the experts' gradients), "starved" (the step
-from which on one expert and half of each query matrix get no gradient), "zero_optimization" (more of
-that section of the ds_config) and "sabotage" (a deliberate fault that the equality tests must
+from which on one expert and half of each query matrix get no gradient), "zero_optimization" (more
+of that section of the ds_config) and "sabotage" (a deliberate fault that the equality tests must
 notice).
 """
 
