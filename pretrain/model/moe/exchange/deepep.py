@@ -1,7 +1,7 @@
 """The exchange by the package deep_ep (DeepEP 2, DeepSeek), through DeepSpeed's own use of it.
 
 Imported only if a recipe chooses it. A token travels to a rank once, grouped by expert on arrival;
-weighted outputs are summed on their way back. The package waits for the host once a dispatch.
+weighted outputs are summed on their way back. The host waits for the device once a dispatch.
 """
 
 from __future__ import annotations
