@@ -8,13 +8,16 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups
 from torch import distributed, nn
 
 from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import expert_shards
+from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
+from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import without_monitors
 from pretrain.engine.topology import Topology
@@ -97,8 +100,12 @@ def start_deepspeed(
     """DeepSpeed's engine around a model, and its optimizer around ours.
 
     Every rank must call it.
+
+    Raises:
+        ConfigError: if a gradient does not fit into a bucket that has to hold it.
     """
     zero_stage = stage_of(ds_config)
+    check_buckets(model, ds_config.get("zero_optimization", {}), device)
     import_muon_without_compiler()
     engine, wrapped, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=without_monitors(ds_config)
@@ -109,6 +116,34 @@ def start_deepspeed(
     if isinstance(optimizer, MatrixOptimizer):
         give_shards(wrapped, optimizer, zero_stage, device)
     return engine, wrapped
+
+
+def check_buckets(model: nn.Module, zero: JsonObject, device: torch.device) -> None:
+    """Check that no gradient is freed while the stream that sums it over ranks still reads it.
+
+    DeepSpeed copies gradients into buckets. At stage 2 one that is larger than a bucket is summed
+    where it is, and freed at once if its partition is another rank's: on a GPU with
+    ``overlap_comm`` the next kernel may write there too early.
+
+    Args:
+        zero: the section zero_optimization of a resolved ds_config.
+
+    Raises:
+        ConfigError: if a parameter is larger than a bucket.
+    """
+    waits = device.type != "cuda" or not zero.get("overlap_comm") or zero.get("offload_optimizer")
+    if waits or zero.get("stage") != 2:
+        return
+    size = zero.get("reduce_bucket_size", AUTO)
+    size = DeepSpeedZeroConfig().reduce_bucket_size if size == AUTO else int(size)
+    elements, name = max((value.numel(), name) for name, value in model.named_parameters())
+    if elements > size:
+        raise ConfigError(
+            f"zero_optimization.reduce_bucket_size ({size}) is smaller than the parameter {name} "
+            f"({elements} elements), whose gradient DeepSpeed would free too early with "
+            "zero_optimization.overlap_comm at ZeRO stage 2: raise the one, or set the other to "
+            "false"
+        )
 
 
 def stage_of(ds_config: JsonObject) -> int:

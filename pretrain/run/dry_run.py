@@ -56,6 +56,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
         world_size=world_size,
         choose_precision=hardware.choose_precision,
         check_kernel=hardware.check_kernel,
+        check_experts=hardware.check_experts,
         datasets=datasets,
     )
     # Of another machine only so much is known: it is no larger than the largest there is.

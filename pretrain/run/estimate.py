@@ -20,6 +20,8 @@ from pretrain.core.errors import ConfigError
 from pretrain.engine.precision import resolve_precision
 from pretrain.model.attention.kernels.base import check_kernel_here
 from pretrain.model.attention.kernels.config import kernel_section
+from pretrain.model.moe.config import MoE
+from pretrain.model.moe.exchange.base import check_parts, check_parts_here
 
 # Mixtures of experts lose more to communication and small matrix products than dense models, which
 # reach 0.4 to 0.5 on large clusters.
@@ -69,6 +71,17 @@ class Hardware:
                 f" {'.'.join(map(str, needed or ()))}, and {self.gpu.name} has another: use --set"
                 " model.attention.kernel=sdpa"
             )
+
+    def check_experts(self, moe: MoE | None, ep_size: int, precision: str) -> None:
+        """Check that what moves and multiplies experts' rows runs on this GPU.
+
+        Raises:
+            ConfigError: if it does not.
+        """
+        if self.gpu is None:
+            check_parts_here(moe, ep_size, precision)
+        else:
+            check_parts(moe, ep_size, precision, self.gpu.capability, may_lack_packages=True)
 
 
 @dataclass(frozen=True)

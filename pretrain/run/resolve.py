@@ -14,6 +14,8 @@ from pretrain.core.errors import DataError
 from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.model.attention.kernels.base import check_kernel_here
+from pretrain.model.moe.config import MoE
+from pretrain.model.moe.exchange.base import check_parts_here
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def resolve_config(
     world_size: int,
     choose_precision: Callable[[str], str],
     check_kernel: Callable[[str], None] = check_kernel_here,
+    check_experts: Callable[[MoE | None, int, str], None] = check_parts_here,
     datasets: Datasets | None,
 ) -> ResolvedConfig:
     """Resolve recipe and ds_config; nothing is started.
@@ -51,6 +54,8 @@ def resolve_config(
         zero_stage: of the ds_config.
         choose_precision: returns the number format for ``train.precision``, which may be "auto".
         check_kernel: raises a ConfigError if the attention kernel of this name cannot run there.
+        check_experts: the same for parts of an MoE section among ``ep_size`` ranks in a number
+            format.
         datasets: None before there are data.
 
     Raises:
@@ -62,6 +67,7 @@ def resolve_config(
     accumulation = check_topology(recipe, world_size, zero_stage)
     precision = choose_precision(recipe.train.precision)
     check_kernel(recipe.model.attention.kernel)
+    check_experts(recipe.model.moe, recipe.parallel.ep_size, precision)
     recipe = resolve_recipe(recipe, precision, datasets)
     if datasets is not None:
         recipe = with_epoch_samples(recipe, datasets)

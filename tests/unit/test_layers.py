@@ -24,7 +24,11 @@ LAYERS: list[set[str]] = [
     {"data_pipeline.cleaning", "data_pipeline.shards"},
     {"data_pipeline.preprocess"},
     {"data_pipeline.loading"},
-    {"pretrain.model.moe.routers", "pretrain.model.attention.kernels.config"},
+    {
+        "pretrain.model.moe.routers",
+        "pretrain.model.attention.kernels.config",
+        "pretrain.model.moe.exchange.config",
+    },
     {
         "pretrain.model.moe.config",
         "pretrain.model.attention.config",
@@ -59,6 +63,7 @@ DEEPSPEED_ALLOWED = (
     "pretrain.engine",
     "pretrain.checkpoint",
     "pretrain.model.moe.dropless",
+    "pretrain.model.moe.exchange",
     "pretrain.model.moe.deepspeed_native",
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
@@ -34,9 +34,15 @@ class RoutingRecord:
     The first forward pass writes the chosen experts here; the recomputation in the backward pass
     reads them. So a recomputed block routes exactly as it did, even if a rounding difference would
     flip a close top-k.
+
+    Attributes:
+        topk_ids_TK: the chosen experts.
+        plan: what the layer's exchange between ranks has found out about them, so that the
+            recomputation asks neither the other ranks nor the device again.
     """
 
     topk_ids_TK: torch.Tensor | None = None
+    plan: Any = None
 
 
 # Fills a tensor in place with the random values of the stream that a name seeds.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 from pretrain.model.kernels import rows
 from pretrain.model.kernels.selection import use_fused
@@ -76,6 +77,57 @@ class _Combine(torch.autograd.Function):
         return rows_gradient_RD, None, None, weights_gradient_TK
 
 
+class Spread(NamedTuple):
+    """Which of T items each of R rows is a copy of, and in the other direction an item's rows.
+
+    Attributes:
+        item_R: the item of each row, int64.
+        rows_R: the rows, those of the first item first.
+        starts_T: where each item's rows start in ``rows_R``.
+    """
+
+    item_R: torch.Tensor
+    rows_R: torch.Tensor
+    starts_T: torch.Tensor
+
+    def sum(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """The sum of each item's rows, [T, D] fp32, in the order of ``rows_R``."""
+        return functional.embedding_bag(self.rows_R, rows_RD.float(), self.starts_T, mode="sum")
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, spread):  # type: ignore[no-untyped-def]
+        ctx.spread = spread
+        return x_TD.index_select(0, spread.item_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD):  # type: ignore[no-untyped-def]
+        return ctx.spread.sum(grad_RD).to(grad_RD.dtype), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RD, weights_R1, spread):  # type: ignore[no-untyped-def]
+        ctx.spread = spread
+        # Without weights the rows are not needed: their gradient is a copy.
+        ctx.save_for_backward(*(() if weights_R1 is None else (rows_RD, weights_R1)))
+        weighted_RD = rows_RD if weights_R1 is None else rows_RD.float() * weights_R1
+        return spread.sum(weighted_RD).to(rows_RD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        grad_RD = grad_TD.index_select(0, ctx.spread.item_R)
+        # Once: a checkpointed block's tensors may be asked for no second time.
+        saved = ctx.saved_tensors
+        if not saved:
+            return grad_RD, None, None
+        rows_RD, weights_R1 = saved
+        weights_gradient_R1 = (grad_RD.float() * rows_RD.float()).sum(dim=1, keepdim=True)
+        # fp32 weights make an fp32 product.
+        return (grad_RD * weights_R1).to(rows_RD.dtype), weights_gradient_R1, None
+
+
 class Grouping(NamedTuple):
     """The permutation that makes each expert's rows neighbours.
 
@@ -138,6 +190,24 @@ def combine(
     if use_fused(rows_RD):
         return rows.combine(rows_RD, inverse_R, weights_TK)
     return _Combine.apply(rows_RD, order_R, inverse_R, weights_TK)
+
+
+def spread_rows(x_TD: torch.Tensor, spread: Spread) -> torch.Tensor:
+    """x[item], with a sum in a fixed order as its backward pass: [T, D] -> [R, D]."""
+    return _SpreadRows.apply(x_TD, spread)
+
+
+def sum_rows(
+    rows_RD: torch.Tensor, spread: Spread, weights_R1: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The sum of each item's rows: [R, D] -> [T, D], in the rows' dtype.
+
+    Accumulated in fp32.
+
+    Args:
+        weights_R1: fp32 factor of each row.
+    """
+    return _SumRows.apply(rows_RD, weights_R1, spread)
 
 
 def group_arrived(counts_Pe: torch.Tensor, num_rows: int) -> Grouping:

@@ -12,12 +12,7 @@ from typing import cast
 
 import torch
 from deepspeed.checkpoint.constants import AFFINE_MAP, AUTOEP_PARAM_LOGICAL_SHAPE, DS_AUTOEP_UC_META
-from deepspeed.module_inject.auto_ep_layer import (
-    AutoEPMoELayer,
-    _AllToAllV,
-    autoep_placement_to_affine_map,
-    compute_split_plan,
-)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, autoep_placement_to_affine_map
 from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig, MoELayerSpec
 from torch import nn
 from torch.nn import functional
@@ -26,13 +21,9 @@ from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
 from pretrain.model.moe.config import DroplessMoEConfig
-from pretrain.model.moe.dispatch import (
-    combine,
-    gather_tokens,
-    group_arrived,
-    group_rows,
-    permute_rows,
-)
+from pretrain.model.moe.dispatch import Grouping, combine, gather_tokens, group_rows
+from pretrain.model.moe.exchange.base import Routed, check_parts_here
+from pretrain.model.moe.exchange.config import exchange_section, expert_kernel_section
 from pretrain.model.moe.experts import ExpertBiases, ExpertForm, Experts
 from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
@@ -128,7 +119,16 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
         expert = ExpertForm(form.implementing_class(), form, model.dropout.feed_forward)
         first = ep_rank * self.num_local_experts
-        self.experts = Experts(tagged.w1, w2, tagged.w3, expert, config.expert_kernel, first)
+        # A model on the meta device is only counted, and lacks nothing.
+        is_counted = w2.device.type == "meta"
+        if not is_counted:
+            check_parts_here(config, ep_size)
+        kernel = expert_kernel_section("auto" if is_counted else config.expert_kernel)
+        self.experts = Experts(tagged.w1, w2, tagged.w3, expert, kernel.implementing_class(), first)
+        exchange = exchange_section("all_to_all" if is_counted else config.exchange)
+        # Imported only if it is used: it may need a package that this machine lacks.
+        self.journey = None if ep_size == 1 else exchange.implementing_class()
+        self.deduplicate = config.deduplicates(ep_size, model.dropout.expert)
         self.b1 = self.b2 = self.b3 = None
         if form.bias:
             self.b1, self.b3 = (
@@ -198,29 +198,26 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             torch.is_inference_mode_enabled()
             and len(x_TD) == 1
             and self.ep_size == 1
-            and not self.experts.uses_grouped_mm(x_TD)
+            and not self.experts.is_grouped(x_TD)
         ):
             return self._one_token(x_TD, routing).view_as(x_BSD), None
         # [T, K] choices, flattened, sorted by expert: each expert's rows become contiguous.
-        order_R, inverse_R, counts_E = group_rows(routing.topk_ids_TK.reshape(-1), self.num_experts)
-        rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
-        rows_RD = (
-            self._local_experts(rows_RD, counts_E)
+        grouping = group_rows(routing.topk_ids_TK.reshape(-1), self.num_experts)
+        y_TD = (
+            self._local(x_TD, routing, grouping)
             if self.ep_size == 1
-            else self._exchanged_experts(rows_RD, routing.topk_ids_TK, counts_E)
+            else self._exchanged(x_TD, routing, grouping, record)
         )
-        # Before the weights, so that a dropped element is one of an expert's output.
-        rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
-        y_TD = combine(
-            rows_RD, order_R=order_R, inverse_R=inverse_R, weights_TK=routing.topk_weights_TK
-        )
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
         if torch.is_inference_mode_enabled():
             return y_TD.view_as(x_BSD), None
         nothing_dropped = routing.logits_TE.new_zeros(())
         statistics = router_statistics(
-            self.config, routing, counts_E.float(), x_BSD.shape[0], nothing_dropped, fractions_E
+            self.config,
+            routing,
+            grouping.counts_E.float(),
+            x_BSD.shape[0],
+            nothing_dropped,
+            fractions_E,
         )
         return y_TD.view_as(x_BSD), statistics
 
@@ -233,38 +230,35 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         )
         return y_1D if self.shared is None else y_1D + self.shared(x_1D)
 
-    def _local_experts(self, rows_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        return self.experts(rows_RD, counts_E, self._local_biases())
+    def _local(self, x_TD: torch.Tensor, routing: Routing, grouping: Grouping) -> torch.Tensor:
+        """The layer's output [T, D] if this rank has all experts."""
+        order_R, inverse_R, counts_E = grouping
+        rows_RD = gather_tokens(x_TD, order_R, inverse_R, self.top_k)
+        rows_RD = self.experts(rows_RD, counts_E, self._local_biases())
+        # Before the weights, so that a dropped element is one of an expert's output.
+        rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
+        y_TD = combine(
+            rows_RD, order_R=order_R, inverse_R=inverse_R, weights_TK=routing.topk_weights_TK
+        )
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 
-    def _exchanged_experts(
-        self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor
+    def _exchanged(
+        self,
+        x_TD: torch.Tensor,
+        routing: Routing,
+        grouping: Grouping,
+        record: RoutingRecord | None,
     ) -> torch.Tensor:
-        """Rows sorted by global expert -> the same rows through their experts on whichever rank."""
-        # The plan costs one all-to-all of counts and a host synchronisation: the splits must be
-        # known on the CPU before rows are sent.
-        plan = compute_split_plan(
-            topk_ids_TK,
-            self.num_experts,
-            self.ep_size,
-            self.num_local_experts,
-            self.ep_group,
-            counts_E.int(),
-        )
-        arrived_RD = _AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
-        order_R, inverse_R, counts_e = group_arrived(
-            plan.local_counts_by_source, arrived_RD.shape[0]
-        )
+        """The same if experts are on other ranks; the shared ones compute while tokens travel."""
+        assert self.journey is not None
+        dropout = self.dropout if self.training else 0.0
+        journey = self.journey(self, Routed(x_TD, routing, grouping, dropout, record))
+        shared_TD = None if self.shared is None else self.shared(x_TD)
+        rows_RD, counts_e = journey.arrive()
         # A rank that received no row runs its experts all the same, for a gradient of zeros: the
         # reduction over the expert-data-parallel group expects one from each of its ranks.
-        grouped_RD = permute_rows(arrived_RD, order_R, inverse_R)
-        grouped_RD = self.experts(grouped_RD, counts_e, self._local_biases())
-        # The way back swaps the splits of the way there.
-        return _AllToAllV.apply(
-            self.ep_group,
-            permute_rows(grouped_RD, inverse_R, order_R),
-            plan.output_splits,
-            plan.input_splits,
-        )
+        y_TD = journey.back(self.experts(rows_RD, counts_e, self._local_biases()))
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
     def _local_biases(self) -> ExpertBiases | None:
         if self.b1 is None or self.b2 is None or self.b3 is None:

@@ -1,4 +1,4 @@
-"""Many experts over rows grouped by expert: a plain loop, and torch's grouped matrix product."""
+"""Many experts over rows grouped by expert: a plain loop, and grouped matrix products."""
 
 from __future__ import annotations
 
@@ -167,18 +167,67 @@ def experts_grouped_mm(
     """All experts at once by ``torch.nn.functional.grouped_mm``; the counts stay on the device."""
     # grouped_mm takes the end of each group, int32.
     offsets_e = counts_e.cumsum(0, dtype=torch.int32)
+    return experts_by_product(
+        lambda x_RI, weight_eOI: _grouped_linear(x_RI, weight_eOI, offsets_e),
+        x_RD,
+        counts_e,
+        matrices=(w1_eXD, w2_eDF, w3_eXD),
+        form=form,
+        biases=biases,
+    )
+
+
+def experts_by_product(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x_RD: torch.Tensor,
+    counts_e: torch.Tensor,
+    *,
+    matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    form: ExpertForm,
+    biases: ExpertBiases | None,
+) -> torch.Tensor:
+    """All experts at once by a product of rows grouped by expert with [e, out, in] matrices.
+
+    Args:
+        product: rows [R, in] times the transposed matrix [out, in] of each row's expert, [R, out].
+        matrices: w1, w2 and w3.
+    """
+    w1_eXD, w2_eDF, w3_eXD = matrices
     # Two products read x twice and their gradients by x are added: 12 R D bytes in bf16 that one
     # product by both matrices would spare. To join them it has to copy both in either pass: 16 e X
     # D bytes a micro batch, more than it spares up to 4/3 X rows per expert, and a second copy of
     # the matrices to hold.
-    first_RX = _grouped_linear(x_RD, w1_eXD, offsets_e)
-    third_RX = _grouped_linear(x_RD, w3_eXD, offsets_e)
+    first_RX, third_RX = product(x_RD, w1_eXD), product(x_RD, w3_eXD)
     if biases is None:
-        return _grouped_linear(form.hidden(first_RX, third_RX), w2_eDF, offsets_e)
-    # grouped_mm takes no bias: each row's own is looked up.
+        return product(form.hidden(first_RX, third_RX), w2_eDF)
+    # Grouped products take no bias: each row's own is looked up.
     expert_R = torch.repeat_interleave(counts_e, output_size=x_RD.shape[0])
     hidden_RF = form.hidden(first_RX + biases.b1_eX[expert_R], third_RX + biases.b3_eX[expert_R])
-    return _grouped_linear(hidden_RF, w2_eDF, offsets_e) + biases.b2_eD[expert_R]
+    return product(hidden_RF, w2_eDF) + biases.b2_eD[expert_R]
+
+
+def prefers_grouped_mm(x: torch.Tensor, w1_eXD: torch.Tensor, w2_eDF: torch.Tensor) -> bool:
+    """Whether the kernel ``auto`` is the grouped product for rows like these.
+
+    On CUDA it computes in bf16 only, fewer than 1024 matrices whose rows are whole 16 bytes. On
+    CPUs it saves the stacking of the experts' gradients in training, with the same bits; else the
+    loop is faster, which passes over experts without rows.
+    """
+    if x.is_cuda:
+        fits = len(w1_eXD) < 1024 and w1_eXD.shape[-1] % 8 == 0 and w2_eDF.shape[-1] % 8 == 0
+        return fits and x.dtype == torch.bfloat16
+    return torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float32)
+
+
+def experts_auto(x_RD: torch.Tensor, counts_e: torch.Tensor, **terms: Any) -> torch.Tensor:
+    """The loop or torch's grouped product, see :func:`prefers_grouped_mm`."""
+    grouped = prefers_grouped_mm(x_RD, terms["w1_eXD"], terms["w2_eDF"])
+    return (experts_grouped_mm if grouped else experts_loop)(x_RD, counts_e, **terms)
+
+
+# Rows grouped by local expert [R, D] and the row count of each [e] -> [R, D]; by keyword the
+# matrices w1_eXD, w2_eDF and w3_eXD, the form and the biases.
+ExpertFunction = Callable[..., torch.Tensor]
 
 
 class Experts(nn.Module):
@@ -197,7 +246,7 @@ class Experts(nn.Module):
         w2: nn.Parameter,
         w3: nn.Parameter,
         form: ExpertForm,
-        kernel: str,
+        kernel: ExpertFunction,
         first: int,
     ) -> None:
         super().__init__()
@@ -207,22 +256,12 @@ class Experts(nn.Module):
         self.form = form
         self.kernel = kernel
         self.first = first
-        # What torch's kernel for CUDA takes: rows of whole 16 bytes in bf16, below 1024 matrices.
-        # Read now: ZeRO-3 empties the parameters.
-        self.fits_cuda = len(w1) < 1024 and w1.shape[-1] % 8 == 0 and w2.shape[-1] % 8 == 0
 
-    def uses_grouped_mm(self, x: torch.Tensor) -> bool:
-        """Whether rows like these use the grouped product.
-
-        On CUDA it computes in bf16 only, with sizes that are multiples of 8. On CPUs it saves the
-        stacking of the experts' gradients in training, with the same bits; else the loop is faster,
-        which passes over experts without rows.
-        """
-        if self.kernel != "auto":
-            return self.kernel == "grouped_mm"
-        if x.is_cuda:
-            return x.dtype == torch.bfloat16 and self.fits_cuda
-        return torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float32)
+    def is_grouped(self, x: torch.Tensor) -> bool:
+        """Whether rows like these are multiplied by a grouped product, not one by one."""
+        if self.kernel is experts_auto:
+            return prefers_grouped_mm(x, self.w1, self.w2)
+        return self.kernel is not experts_loop
 
     def forward(
         self,
@@ -242,5 +281,4 @@ class Experts(nn.Module):
         if chosen is not None:
             return experts_of_one_token(x_RD, chosen, **matrices, form=form, biases=biases)
         assert counts_e is not None
-        compute = experts_grouped_mm if self.uses_grouped_mm(x_RD) else experts_loop
-        return compute(x_RD, counts_e, **matrices, form=form, biases=biases)
+        return self.kernel(x_RD, counts_e, **matrices, form=form, biases=biases)

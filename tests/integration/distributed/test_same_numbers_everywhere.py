@@ -27,6 +27,7 @@ from tests.support.training_cases import (
 DOCUMENTS = ("data.document_mask=true",)
 RECOMPUTED = ("train.activation_checkpointing=true",)
 GLOBAL = ("model.moe.balance_scope=global_batch",)
+JOINED = ("model.moe.deduplicate=true",)  # a token travels to a rank once
 LOW = {precision: (f"train.precision={precision}",) for precision in ("bf16", "fp16")}
 BIASED = ("model.feed_forward={kind: clamped_swiglu, bias: true}", "model.attention.bias=all")
 NARROW = ("model.feed_forward={kind: gelu, bias: true}",)  # its w2 is wider than w1 and w3
@@ -50,7 +51,7 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 0, 1), case("deepspeed", 0, 1), case("dropless", 0, 1, ADAMW),
         case("dropless", 0, 1, expert_gain=10.0),
         case("dropless", 0, 1, overrides=GLOBAL), case("dropless", 0, 1, overrides=DOCUMENTS),
-        case("dropless", 0, 1, overrides=RECOMPUTED),
+        case("dropless", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, overrides=JOINED),
         case("deepspeed", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, **MOVED),
         case("deepspeed", 0, 1, **MOVED),
         case("dropless_full", 0, 1, overrides=BIASED),
@@ -84,6 +85,7 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 0, 2, expert_gain=10.0, sabotage="rank_norm_dropped"),
         case("dropless", 3, 2, overrides=RECOMPUTED),
         case("deepspeed", 1, 2, overrides=RECOMPUTED), case("dropless", 1, 2, overrides=DOCUMENTS),
+        case("dropless", 1, 2, overrides=JOINED),
         case("dropless_full", 1, 2, overrides=BIASED),
         case("dropless_full", 3, 2, overrides=BIASED),
         case("dropless_full", 0, 1, overrides=BIASED),
@@ -108,7 +110,8 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 0, 4), case("dropless", 3, 2), case("deepspeed", 2, 4),
         case("dropless", 1, 4, ADAMW),
         case("dropless", 2, 2, expert_gain=10.0), case("dropless", 0, 2, overrides=GLOBAL),
-        case("dropless", 3, 4, **MOVED),
+        case("dropless", 3, 4, **MOVED), case("dropless", 3, 4, overrides=JOINED),
+        case("dropless", 2, 2, overrides=JOINED),
         case("dropless", 2, 2, overrides=DOCUMENTS), case("dropless_full", 2, 4, overrides=BIASED),
         case("dropless_full", 0, 2, overrides=NARROW),
         case("peer", 2, 4), case("peer", 1, 2, ADAMW), case("peer", 3, 2, ADAMW),

@@ -3,7 +3,8 @@
 A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight
 moved in the first step), "expert_gain" (a factor for the experts' gradients), "starved" (the step
 from which on one expert and half of each query matrix get no gradient), "all_copies" (gradients are
-copied as DeepSpeed alone does it) and "sabotage" (a deliberate fault that the equality tests must
+copied as DeepSpeed alone does it), "zero_optimization" (more of that section of the ds_config) and
+"sabotage" (a deliberate fault that the equality tests must
 notice).
 """
 
@@ -149,9 +150,10 @@ def describe_changes(
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
+    zero = {"stage": case["zero"], **case.get("zero_optimization", {})}
     spare = (lambda *_: None) if case.get("all_copies") else build.spare_gradient_copies
     with mock.patch.object(build, "spare_gradient_copies", spare):
-        engine, _ = make_engine(recipe, case["zero"])
+        engine, _ = make_engine(recipe, case["zero"], {"zero_optimization": zero})
     topology = engine.topology
     if "expert_gain" in case:
         scale_expert_gradients(engine, case["expert_gain"])

@@ -135,6 +135,21 @@ BROKEN = {
         ["dropout.expert=0.1", "dropout.feed_forward"],
         ["model.dropout.expert=0"],
     ),
+    "exchange_fits/rows": (
+        ["model.moe.exchange=deepep", "model.moe.deduplicate=false", "parallel.ep_size=2"],
+        ["deduplicate=false", "exchange=deepep", "exchange=all_to_all"],
+        ["model.moe.exchange=all_to_all"],
+    ),
+    "exchange_fits/one_rank": (
+        ["model.moe.exchange=deepep"],
+        ["exchange=deepep would move nothing", "parallel.ep_size is 1"],
+        ["parallel.ep_size=2"],
+    ),
+    "exchange_fits/dropout": (
+        ["model.moe.deduplicate=true", "model.dropout.expert=0.1"],
+        ["dropout.expert=0.1", "deduplicate=true", "leave one of them out"],
+        ["model.dropout.expert=0"],
+    ),
     "optimizer_trains_tables": (
         [PEER, "optimizer={kind: lion, learning_rate: 1e-3}"],
         ["optimizer.kind=lion", "model.moe.kind=peer", "adamw, muon or sgd"],

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from pretrain.core.registry import Component, OneOf
 from pretrain.core.section import Effect, Experts, Section, Share, Width
+from pretrain.model.moe.exchange.config import DroplessPart
 from pretrain.model.moe.routers import Router, SoftmaxTopK
 
 Weight = Annotated[float, Field(ge=0)]
@@ -202,6 +203,10 @@ class MoE(Component):
     def expert_shards(self, ep_size: int, world_size: int, zero_stage: int) -> int:
         """Ranks that share one set of experts."""
         return ep_size
+
+    def device_parts(self, ep_size: int) -> list[type[DroplessPart]]:
+        """The parts that may need a package, a GPU or a number format, among so many ranks."""
+        return []
 
     def check(self) -> None:
         """Check that options of this section can be combined.

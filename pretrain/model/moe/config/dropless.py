@@ -7,8 +7,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from pretrain.core.registry import NameOf
 from pretrain.core.section import Effect
 from pretrain.model.moe.config.base import ExpertTensors, Role, RoutedMoE
+from pretrain.model.moe.exchange.config import (
+    DroplessPart,
+    Exchange,
+    ExpertKernel,
+    exchange_section,
+    expert_kernel_section,
+)
 
 # DeepSpeed's numbering: w1 and w3 are before the activation, w2 is after it.
 _STACKS = {"gate_proj": 1, "down_proj": 2, "up_proj": 3}
@@ -27,9 +35,33 @@ class DroplessMoEConfig(RoutedMoE):
     }
     has_universal_checkpoints: ClassVar[bool] = True
     kind: Literal["dropless"] = "dropless"
-    expert_kernel: Annotated[Literal["auto", "loop", "grouped_mm"], Effect.NONE] = Field(
+    expert_kernel: Annotated[str, NameOf(ExpertKernel), Effect.NONE] = Field(
         "auto", description="'auto': grouped_mm for bf16, on CPUs only in training; else a loop"
     )
+    exchange: Annotated[str, NameOf(Exchange), Effect.NONE] = Field(
+        "all_to_all", description="what moves tokens between ranks, with parallel.ep_size above 1"
+    )
+    deduplicate: Annotated[bool | None, Effect.NONE] = Field(
+        None,
+        description="a token travels once to each rank that has some of its experts, which sums "
+        "their outputs; by default if top_k is above parallel.ep_size, which saves rows for "
+        "certain, and there is no model.dropout.expert",
+    )
+
+    def deduplicates(self, ep_size: int, expert_dropout: float) -> bool:
+        """Whether rows of one token to one rank are joined, among ``ep_size`` ranks.
+
+        Args:
+            expert_dropout: ``model.dropout.expert``, which is drawn where a token belongs to, and
+                needs the output of each expert there.
+        """
+        if self.deduplicate is None:
+            return self.top_k > ep_size > 1 and not expert_dropout
+        return self.deduplicate
+
+    def device_parts(self, ep_size: int) -> list[type[DroplessPart]]:
+        kernel = expert_kernel_section(self.expert_kernel)
+        return [kernel, exchange_section(self.exchange)] if ep_size > 1 else [kernel]
 
     def expert_tensors(self, parameters: Sequence[str]) -> ExpertTensors:
         """All experts are stacked; without a gate w1 and w3 are the halves of the first matrix."""

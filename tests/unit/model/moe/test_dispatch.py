@@ -24,6 +24,7 @@ from pretrain.model.moe.experts import (
     ExpertBiases,
     ExpertForm,
     Experts,
+    experts_auto,
     experts_grouped_mm,
     experts_loop,
     zero_where_no_rows,
@@ -250,15 +251,18 @@ def test_in_bf16_on_a_cpu_both_kernels_compute_the_same_bits() -> None:
     assert all(map(torch.equal, *results))
 
 
-def test_auto_is_the_grouped_product_in_bf16_training_only() -> None:
-    experts = Experts(*map(nn.Parameter, [torch.zeros(1, 1, 1)] * 3), FORMS["swiglu"], "auto", 0)
+def test_auto_is_the_grouped_product_in_training_only() -> None:
+    experts = Experts(
+        *map(nn.Parameter, [torch.zeros(1, 1, 1)] * 3), FORMS["swiglu"], experts_auto, 0
+    )
     for dtype, training, expected in (
         (torch.bfloat16, True, True),
         (torch.bfloat16, False, False),
-        (torch.float32, True, False),
+        (torch.float32, True, True),
+        (torch.float16, True, False),
     ):
         with torch.set_grad_enabled(training):
-            assert experts.uses_grouped_mm(torch.zeros(1, 1, dtype=dtype)) is expected
+            assert experts.is_grouped(torch.zeros(1, 1, dtype=dtype)) is expected
 
 
 def test_auto_is_the_loop_on_cuda_for_sizes_that_its_kernel_does_not_take() -> None:
@@ -274,10 +278,10 @@ def test_auto_is_the_loop_on_cuda_for_sizes_that_its_kernel_does_not_take() -> N
         (2, 8, 4, False),
     ):
         w1, w2 = torch.zeros(experts, rows, columns), torch.zeros(experts, columns, rows)
-        module = Experts(*map(nn.Parameter, (w1, w2, w1.clone())), FORMS["swiglu"], "auto", 0)
-        assert module.uses_grouped_mm(x) is expected
+        module = Experts(*map(nn.Parameter, (w1, w2, w1)), FORMS["swiglu"], experts_auto, 0)
+        assert module.is_grouped(x) is expected
     many = nn.Parameter(torch.zeros(1024, 8, 8))
-    assert not Experts(many, many, many, FORMS["swiglu"], "auto", 0).uses_grouped_mm(x)
+    assert not Experts(many, many, many, FORMS["swiglu"], experts_auto, 0).is_grouped(x)
 
 
 def test_gradients_of_experts_without_rows_can_be_cleared() -> None:
