@@ -1,7 +1,7 @@
 """Cross-entropy of a chunk of logits and its gradient, in place: two reads and one write each.
 
 Liger Kernel's linear cross-entropy counts the labels on the host, which waits for the device at
-every step, and rounds the gradient before it is multiplied by the loss scale.
+every step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rotation of queries or keys in one pass: each element is read once and written once.
 
-Liger Kernel's rotates its input in place, and in the backward pass the gradient that other nodes of
-the graph may still read; it also cannot read heads that are part of a wider row.
+Liger Kernel's writes over its input, and in the backward pass over the gradient, which other nodes
+of the graph may still read; and it rotates the first elements of a head, not the last.
 """
 
 from __future__ import annotations
