@@ -14,38 +14,98 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Logits [C, V], labels [C] and the weight of the z-loss -> nll, loss and gradient [C, V].
+from pretrain.model.kernels.selection import use_fused
+
+# Logits [C, V], labels [C] and the weight of the z-loss -> nll, loss and gradient [C, V] in the
+# logits' dtype, and perhaps in their memory.
 ChunkLosses = Callable[
     [torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ]
+# Logits whose loss is computed at once on a CPU: 8 MB in fp32, of an L3 cache of some tens.
+CACHED_LOGITS = 2**21
 # The value that torch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
 
 
-def _chunk_losses(
+def plain_chunk_losses(
     logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed nll and loss of a chunk of C tokens, and d loss / d logits [C, V]; all fp32."""
+    """Summed nll and loss of a chunk of C tokens, and d loss / d logits [C, V]; all fp32.
+
+    With one exponential per logit: the largest probability of a token is exp(0) / sum, so it is
+    also the sum that the nll needs.
+    """
     counted_C1 = (labels_C != IGNORED_LABEL)[:, None]
     # gather and scatter need a valid index for ignored tokens too; what it reads is masked out
     # below.
     labels_C1 = labels_C.clamp_min(0)[:, None]
-    log_probs_CV = logits_CV.log_softmax(dim=-1)
-    label_log_probs_C1 = log_probs_CV.gather(1, labels_C1).masked_fill(~counted_C1, 0.0)
-    nll = loss = -label_log_probs_C1.sum()
+    logits_CV = logits_CV.float()
+    gradient_CV = logits_CV.softmax(dim=-1)
+    log_sum_C1 = -gradient_CV.amax(dim=-1, keepdim=True).log()
+    largest_C1 = logits_CV.amax(dim=-1, keepdim=True)
+    # Not as logsumexp - logit: both may be large, and their difference would lose digits.
+    nll_C1 = log_sum_C1 - (logits_CV.gather(1, labels_C1) - largest_C1)
+    nll = loss = nll_C1.masked_fill(~counted_C1, 0.0).sum()
     # d nll / d logits = softmax - one_hot(label). In place: [C, V] is the largest tensor here.
-    gradient_CV = log_probs_CV.exp_()
+    weight_C1 = counted_C1.float()
     if z_loss_weight:
-        # logsumexp = logit - log_prob, taken at the label: no second reduction over V.
-        logsumexp_C1 = (logits_CV.gather(1, labels_C1) - label_log_probs_C1).masked_fill(
-            ~counted_C1, 0.0
-        )
+        logsumexp_C1 = (largest_C1 + log_sum_C1).masked_fill(~counted_C1, 0.0)
         loss = nll + z_loss_weight * logsumexp_C1.square().sum()
         # d logsumexp^2 / d logits = 2 logsumexp * softmax, so it scales the softmax term alone and
         # has to come before the one-hot is subtracted.
-        gradient_CV.mul_(1.0 + 2.0 * z_loss_weight * logsumexp_C1)
-    gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
-    return nll, loss, gradient_CV.mul_(counted_C1)
+        gradient_CV.mul_(weight_C1 * (1.0 + 2.0 * z_loss_weight * logsumexp_C1))
+    else:
+        gradient_CV.mul_(weight_C1)
+    return nll, loss, gradient_CV.scatter_add_(1, labels_C1, -weight_C1)
+
+
+def chunk_losses(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`plain_chunk_losses` as it is cheapest on the logits' device.
+
+    The gradient has the logits' dtype, and may be in their memory.
+    """
+    if use_fused(logits_CV):
+        from pretrain.model.kernels.loss_triton import chunk_losses_
+
+        nll_C, loss_C = chunk_losses_(logits_CV, labels_C, z_loss_weight, IGNORED_LABEL)
+        return nll_C.sum(), loss_C.sum(), logits_CV
+    if not logits_CV.is_cpu or torch.compiler.is_compiling():
+        nll, loss, gradient_CV = plain_chunk_losses(logits_CV, labels_C, z_loss_weight)
+        return nll, loss, gradient_CV.to(logits_CV.dtype)
+    # A few rows at a time, so that their fp32 values stay in a CPU's cache.
+    rows = max(CACHED_LOGITS // logits_CV.shape[1], 1)
+    losses = []
+    for block_CV, block_C in zip(logits_CV.split(rows), labels_C.split(rows), strict=True):
+        *sums, gradient_CV = plain_chunk_losses(block_CV, block_C, z_loss_weight)
+        block_CV.copy_(gradient_CV)
+        losses.append(torch.stack(sums))
+    nll, loss = torch.stack(losses).sum(dim=0)
+    return nll, loss, logits_CV
+
+
+def _add_product(
+    total_VD: torch.Tensor, gradient_CV: torch.Tensor, x_CD: torch.Tensor, is_first: bool
+) -> None:
+    """Add a chunk's gradient of the weight to ``total_VD``; the first is written over it."""
+    if total_VD.dtype == gradient_CV.dtype:
+        total_VD.addmm_(gradient_CV.T, x_CD, beta=0 if is_first else 1)
+    elif is_first:
+        total_VD.copy_(gradient_CV.T @ x_CD)
+    else:
+        total_VD += gradient_CV.T @ x_CD
+
+
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``gradient * scale`` in ``dtype``, multiplied in fp32.
+
+    In fp16 the scale (loss scale / tokens) is what keeps small gradients from underflowing.
+    """
+    # A CPU's kernel multiplies by an fp32 scalar in fp32; CUDA's would round the scalar first.
+    if gradient.is_cpu and gradient.dtype == dtype:
+        return gradient * scale
+    return (gradient.float() * scale).to(dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -70,28 +130,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll = x_TD.new_zeros((), dtype=torch.float32)
         loss = torch.zeros_like(nll)
         if needs_gradient:
-            # The weight's gradient sums over all chunks, so it is accumulated in fp32. Hidden
-            # states are written once per chunk and stay in their own dtype.
+            # The weight's gradient sums over all chunks, so with several it is accumulated in fp32.
+            # Hidden states are written once per chunk and stay in their own dtype.
             x_gradient_TD = torch.empty_like(x_TD)
-            weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+            several = x_TD.shape[0] > chunk_tokens
+            weight_gradient_VD = torch.empty_like(
+                weight_VD, dtype=torch.float32 if several else None
+            )
+            # The first chunk is written over the rest.
+            weight_gradient_VD[vocab_size if x_TD.shape[0] else 0 :].zero_()
             bias_gradient_V = (
                 None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
             )
         for start in range(0, x_TD.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             x_CD = x_TD[chunk]
+            logits_CV = functional.linear(x_CD, used_VD, used_V)
+            # The bias sums the gradient before it is rounded to the model's dtype.
+            if bias_V is not None:
+                logits_CV = logits_CV.float()
             chunk_nll, chunk_loss, gradient_CV = chunk_losses(
-                functional.linear(x_CD, used_VD, used_V).float(), labels_T[chunk], z_loss_weight
+                logits_CV, labels_T[chunk], z_loss_weight
             )
             nll += chunk_nll
             loss += chunk_loss
             if needs_gradient:
-                # The bias sums the gradient before it is rounded to the model's dtype.
                 if bias_gradient_V is not None:
                     bias_gradient_V[:vocab_size] += gradient_CV.sum(dim=0)
                 gradient_CV = gradient_CV.to(x_TD.dtype)
-                x_gradient_TD[chunk] = gradient_CV @ used_VD
-                weight_gradient_VD[:vocab_size] += gradient_CV.T @ x_CD
+                torch.mm(gradient_CV, used_VD, out=x_gradient_TD[chunk])
+                _add_product(weight_gradient_VD[:vocab_size], gradient_CV, x_CD, start == 0)
         if needs_gradient:
             ctx.save_for_backward(x_gradient_TD, weight_gradient_VD, bias_gradient_V)
             ctx.weight_dtype = weight_VD.dtype
@@ -102,12 +170,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _grad_nll):  # type: ignore[no-untyped-def]
         x_gradient_TD, weight_gradient_VD, bias_gradient_V = ctx.saved_tensors
-        # Scaled in fp32: in fp16 the scale (loss scale / tokens) is what keeps small gradients from
-        # underflowing.
-        x_gradient = (x_gradient_TD.float() * grad_loss).to(x_gradient_TD.dtype)
-        weight_gradient = (weight_gradient_VD * grad_loss).to(ctx.weight_dtype)
+        x_gradient = _scaled(x_gradient_TD, grad_loss, x_gradient_TD.dtype)
+        weight_gradient = _scaled(weight_gradient_VD, grad_loss, ctx.weight_dtype)
         bias_gradient = (
-            None if bias_gradient_V is None else (bias_gradient_V * grad_loss).to(ctx.weight_dtype)
+            None
+            if bias_gradient_V is None
+            else _scaled(bias_gradient_V, grad_loss, ctx.weight_dtype)
         )
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None, None
 
@@ -135,7 +203,7 @@ class LanguageModelHead(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.z_loss_weight = z_loss_weight
         # An attribute, so that torch.compile can take its place.
-        self.chunk_losses: ChunkLosses = _chunk_losses
+        self.chunk_losses: ChunkLosses = chunk_losses
 
     def forward(
         self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None

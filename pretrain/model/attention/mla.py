@@ -145,10 +145,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _rotated(self, x: torch.Tensor, positions: PositionTerms) -> torch.Tensor:
         """``x`` with its last R elements rotated, if the kind of position rotates any."""
-        if positions.rope is None:
-            return x
-        R = self.config.qk_rope_head_dim
-        return torch.cat((x[..., :-R], apply_rope(x[..., -R:], positions.rope)), dim=-1)
+        return x if positions.rope is None else apply_rope(x, positions.rope)
 
     def _plain(
         self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores

@@ -59,7 +59,10 @@ def aux_loss(batch: RoutedBatch) -> torch.Tensor:
 
 def z_loss(batch: RoutedBatch) -> torch.Tensor:
     """mean(logsumexp(logits)^2) (Zoph et al. 2022, eq. 5)."""
-    return batch.routing.logits_TE.logsumexp(dim=-1).square().mean()
+    logsumexp_T = batch.routing.logsumexp_T
+    if logsumexp_T is None:
+        logsumexp_T = batch.routing.logits_TE.logsumexp(dim=-1)
+    return logsumexp_T.square().mean()
 
 
 def sequence_loss(batch: RoutedBatch) -> torch.Tensor:
@@ -145,6 +148,11 @@ def router_statistics(
         LOSSES[name](batch) if weight or name in ALWAYS_COMPUTED else zero
         for name, weight in loss_weights(config).items()
     ]
-    with torch.no_grad():
-        entropy = -torch.special.xlogy(routing.probs_TE, routing.probs_TE).sum(dim=-1).mean()
-    return RouterStatistics(torch.stack(losses), counts_E, entropy, dropped)
+    return RouterStatistics(torch.stack(losses), counts_E, _mean_entropy(routing), dropped)
+
+
+@torch.no_grad()
+def _mean_entropy(routing: Routing) -> torch.Tensor:
+    if routing.entropy_T is not None:
+        return routing.entropy_T.mean()
+    return -torch.special.xlogy(routing.probs_TE, routing.probs_TE).sum(dim=-1).mean()

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.fp32 import KeepsFp32
+from pretrain.model.kernels.selection import use_fused
 from pretrain.model.moe.base import RoutingRecord
+from pretrain.model.moe.routers import NoisyTopK, SigmoidTopK, SoftmaxTopK
 from pretrain.model.moe.routers.interface import ExpertGroups, Router
 
 
@@ -22,12 +24,16 @@ class Routing(NamedTuple):
         probs_TE: each token's distribution over the experts, for losses and statistics.
         topk_ids_TK: chosen experts, int64.
         topk_weights_TK: weights of their outputs, differentiable.
+        logsumexp_T: of each token's logits, if it is computed already.
+        entropy_T: of each token's distribution, nats, without gradient, if it is computed already.
     """
 
     logits_TE: torch.Tensor
     probs_TE: torch.Tensor
     topk_ids_TK: torch.Tensor
     topk_weights_TK: torch.Tensor
+    logsumexp_T: torch.Tensor | None = None
+    entropy_T: torch.Tensor | None = None
 
 
 class TopKRouter(KeepsFp32):
@@ -76,6 +82,9 @@ class TopKRouter(KeepsFp32):
                 logits_TE = self.kind.noisy_logits(
                     logits_TE, functional.linear(x_TD, self.noise.weight.float())
                 )
+        temperature = _fused_temperature(self.kind)
+        if temperature is not None and use_fused(logits_TE):
+            return self._fused(logits_TE, temperature, record)
         scores_TE = self.kind.scores(logits_TE)
         if record is not None and record.topk_ids_TK is not None:
             topk_ids_TK = record.topk_ids_TK
@@ -86,6 +95,26 @@ class TopKRouter(KeepsFp32):
         # Weights come from the unbiased scores: the balancing bias chooses and never weighs.
         weights_TK = self.kind.weights(scores_TE.gather(1, topk_ids_TK))
         return Routing(logits_TE, self.kind.probabilities(scores_TE), topk_ids_TK, weights_TK)
+
+    def _fused(
+        self, logits_TE: torch.Tensor, temperature: float, record: RoutingRecord | None
+    ) -> Routing:
+        """The decision by one kernel, which computes the statistics of each token too."""
+        from pretrain.model.kernels.router_triton import route
+
+        probs_TE, ids_TK, weights_TK, logsumexp_T, entropy_T = route(
+            logits_TE,
+            self.balance_bias,
+            None if record is None else record.topk_ids_TK,
+            self.top_k,
+            isinstance(self.kind, SigmoidTopK),
+            temperature,
+            self.kind.norm_topk_prob,
+            self.kind.routed_scaling_factor,
+        )
+        if record is not None and record.topk_ids_TK is None:
+            record.topk_ids_TK = ids_TK
+        return Routing(logits_TE, probs_TE, ids_TK, weights_TK, logsumexp_T, entropy_T.detach())
 
     def _choose(self, scores_TE: torch.Tensor) -> torch.Tensor:
         """The ids of each token's experts, [T, K] int64, best first."""
@@ -110,6 +139,16 @@ class TopKRouter(KeepsFp32):
         if self.balance_bias is not None:
             self.balance_bias += rate * torch.sign(load_E.mean() - load_E)
             self.balance_bias -= self.balance_bias.mean()
+
+
+def _fused_temperature(kind: Router) -> float | None:
+    """What the fused kernel divides the logits of this kind by; None if it has no such kind."""
+    if kind.groups is not None:
+        return None
+    # The exact classes: a subclass may have other scores.
+    if type(kind) is SoftmaxTopK:
+        return kind.temperature
+    return 1.0 if type(kind) in (NoisyTopK, SigmoidTopK) else None
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pretrain.model.config import ModelConfig
+from pretrain.model.kernels.selection import use_fused
 from pretrain.model.positions.config import RotaryBase
 from pretrain.model.positions.interface import PositionEncoding, PositionTerms
 
@@ -32,12 +33,20 @@ def rope_tables(
 
 
 def apply_rope(x_BNSH: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate pair (x_i, x_{i+H/2}) of each head by its angle.
+    """Rotate pair (x_i, x_{i+R/2}) of the last R elements of each head by its angle.
 
-    Computed in fp32, returned in the input's dtype.
+    R is twice the tables' width; elements before them stay as they are. Computed in fp32, returned
+    in the input's dtype.
     """
     # Half-split, not interleaved: checkpoints of GPT-J's layout need their rows permuted.
     cos, sin = tables
+    if use_fused(x_BNSH):
+        from pretrain.model.kernels.rope_triton import rope
+
+        return rope(x_BNSH, cos, sin, False)
+    R = 2 * cos.shape[-1]
+    if x_BNSH.shape[-1] > R:
+        return torch.cat((x_BNSH[..., :-R], apply_rope(x_BNSH[..., -R:], tables)), dim=-1)
     first, second = x_BNSH.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
         x_BNSH.dtype

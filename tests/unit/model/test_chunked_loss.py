@@ -10,7 +10,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain.model.loss import IGNORED_LABEL, LanguageModelHead
+from pretrain.model import loss as loss_module
+from pretrain.model.loss import (
+    IGNORED_LABEL,
+    LanguageModelHead,
+    chunk_losses,
+    plain_chunk_losses,
+)
 from tests.support.tiny_model import random_tensor
 
 D, VOCAB, PADDED, TOKENS = 16, 50, 64, 37
@@ -76,8 +82,9 @@ def test_a_z_loss_of_another_weight_is_told_apart() -> None:
     assert (ours - other).abs().max() > 1e-4
 
 
-def test_padding_rows_and_ignored_tokens_get_exactly_no_gradient() -> None:
-    head, x_BSD, labels_BS = head_of(8, 0.1), random_tensor(1, TOKENS, D), some_labels()
+@pytest.mark.parametrize("chunk_tokens", [8, 1000])
+def test_padding_rows_and_ignored_tokens_get_exactly_no_gradient(chunk_tokens: int) -> None:
+    head, x_BSD, labels_BS = head_of(chunk_tokens, 0.1), random_tensor(1, TOKENS, D), some_labels()
     x_gradient, weight_gradient = torch.autograd.grad(
         head(x_BSD, labels_BS)[0], (x_BSD, head.weight)
     )
@@ -93,6 +100,50 @@ def test_all_labels_ignored_is_a_loss_of_zero() -> None:
     loss, nll = head(x_BSD, torch.full((1, TOKENS), IGNORED_LABEL))
     (gradient,) = torch.autograd.grad(loss, x_BSD)
     assert (loss.item(), nll.item(), gradient.count_nonzero().item()) == (0.0, 0.0, 0)
+
+
+def test_no_token_at_all_is_a_loss_and_a_gradient_of_zero() -> None:
+    head, x_BSD = head_of(8), random_tensor(1, TOKENS, D)[:, :0]
+    loss, nll = head(x_BSD, some_labels()[:, :0])
+    (gradient,) = torch.autograd.grad(loss, head.weight)
+    assert (loss.item(), nll.item(), gradient.count_nonzero().item()) == (0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+def test_extreme_logits_have_the_exact_loss(logit: float) -> None:
+    logits_CV = random_tensor(3, VOCAB).detach()
+    logits_CV[:, 4] = logit
+    labels_C = torch.tensor([4, 5, IGNORED_LABEL])
+    nll, _, gradient_CV = plain_chunk_losses(logits_CV, labels_C, 0.0)
+    exact_CV = logits_CV.double().requires_grad_()
+    expected = functional.cross_entropy(exact_CV, labels_C, reduction="sum")
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=0)
+    (expected_CV,) = torch.autograd.grad(expected, exact_CV)
+    torch.testing.assert_close(gradient_CV.double(), expected_CV, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_cut_to_fit_the_cache_have_the_same_loss_and_gradient(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_CV, labels_C = random_tensor(TOKENS, VOCAB).detach().to(dtype), some_labels()[0]
+    whole = chunk_losses(logits_CV.clone(), labels_C, 0.1)
+    monkeypatch.setattr(loss_module, "CACHED_LOGITS", 3 * VOCAB)
+    cut = chunk_losses(logits_CV.clone(), labels_C, 0.1)
+    assert torch.equal(cut[2], whole[2]) and cut[2].dtype == dtype
+    torch.testing.assert_close(cut[:2], whole[:2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_scaled_in_fp32(dtype: torch.dtype) -> None:
+    head, x_BSD = head_of(1000).to(dtype), random_tensor(1, TOKENS, D).detach().to(dtype)
+    x_BSD.requires_grad_()
+    # A scale that neither dtype holds; 1e5 is above fp16's range.
+    for scale in (0.7123456, 1e5):
+        total = head(x_BSD, some_labels())[0]
+        (plain,) = torch.autograd.grad(total, x_BSD, retain_graph=True)
+        (scaled,) = torch.autograd.grad(total * scale, x_BSD)
+        assert torch.equal(scaled, (plain.float() * torch.tensor(scale)).to(dtype))
 
 
 def test_without_gradients_the_sums_are_the_same() -> None:

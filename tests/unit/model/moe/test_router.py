@@ -35,7 +35,7 @@ def test_the_largest_probabilities_are_chosen_and_renormalised_on_request(
     top_k: int, norm_topk_prob: bool
 ) -> None:
     router, x_TD = router_of(top_k, norm_topk_prob), random_tensor(T, D)
-    logits_TE, routed_probs_TE, ids_TK, weights_TK = router(x_TD)
+    logits_TE, routed_probs_TE, ids_TK, weights_TK = router(x_TD)[:4]
     probs_TE = (x_TD @ router.gate.weight.T).softmax(-1)
     for token in range(T):
         best = sorted(range(E), key=lambda expert: -probs_TE[token, expert].item())[:top_k]
