@@ -80,10 +80,15 @@ class _WeightShapes(nn.Module):
         super().__init__()
         zero = torch.zeros(())
         num_experts = config.num_experts
+
+        # On the meta device nothing is stored, and torch imports sympy to copy what is expanded.
+        def shaped(*shape: int) -> nn.Parameter:
+            return nn.Parameter(zero.new_empty(shape) if zero.is_meta else zero.expand(shape))
+
         self.gate = nn.Linear(hidden_size, num_experts, bias=config.router.bias)
         self.experts = nn.Module()
-        self.experts.gate_up_proj = nn.Parameter(zero.expand(num_experts, 2 * rows, hidden_size))
-        self.experts.down_proj = nn.Parameter(zero.expand(num_experts, hidden_size, rows))
+        self.experts.gate_up_proj = shaped(num_experts, 2 * rows, hidden_size)
+        self.experts.down_proj = shaped(num_experts, hidden_size, rows)
 
 
 class DroplessMoE(MoELayer, AutoEPMoELayer):
