@@ -22,30 +22,43 @@ ChunkLosses = Callable[
 IGNORED_LABEL = -100
 
 
+def _chunk_sums(
+    logits_CV: torch.Tensor,
+    log_probs_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    z_loss_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Summed nll and loss of a chunk, fp32, and its logsumexp [C, 1] if there is a z-loss."""
+    counted_C1 = (labels_C != IGNORED_LABEL)[:, None]
+    # gather needs a valid index for ignored tokens too; what it reads is masked out below.
+    labels_C1 = labels_C.clamp_min(0)[:, None]
+    label_log_probs_C1 = log_probs_CV.gather(1, labels_C1).masked_fill(~counted_C1, 0.0)
+    nll = -label_log_probs_C1.sum()
+    if not z_loss_weight:
+        return nll, nll, None
+    # logsumexp = logit - log_prob, taken at the label: no second reduction over V.
+    logsumexp_C1 = (logits_CV.gather(1, labels_C1) - label_log_probs_C1).masked_fill(
+        ~counted_C1, 0.0
+    )
+    return nll, nll + z_loss_weight * logsumexp_C1.square().sum(), logsumexp_C1
+
+
 def _chunk_losses(
     logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed nll and loss of a chunk of C tokens, and d loss / d logits [C, V]; all fp32."""
-    counted_C1 = (labels_C != IGNORED_LABEL)[:, None]
-    # gather and scatter need a valid index for ignored tokens too; what it reads is masked out
-    # below.
-    labels_C1 = labels_C.clamp_min(0)[:, None]
     log_probs_CV = logits_CV.log_softmax(dim=-1)
-    label_log_probs_C1 = log_probs_CV.gather(1, labels_C1).masked_fill(~counted_C1, 0.0)
-    nll = loss = -label_log_probs_C1.sum()
+    nll, loss, logsumexp_C1 = _chunk_sums(logits_CV, log_probs_CV, labels_C, z_loss_weight)
     # d nll / d logits = softmax - one_hot(label). In place: [C, V] is the largest tensor here.
     gradient_CV = log_probs_CV.exp_()
-    if z_loss_weight:
-        # logsumexp = logit - log_prob, taken at the label: no second reduction over V.
-        logsumexp_C1 = (logits_CV.gather(1, labels_C1) - label_log_probs_C1).masked_fill(
-            ~counted_C1, 0.0
-        )
-        loss = nll + z_loss_weight * logsumexp_C1.square().sum()
+    if logsumexp_C1 is not None:
         # d logsumexp^2 / d logits = 2 logsumexp * softmax, so it scales the softmax term alone and
         # has to come before the one-hot is subtracted.
         gradient_CV.mul_(1.0 + 2.0 * z_loss_weight * logsumexp_C1)
+    # scatter needs a valid index too.
+    labels_C1 = labels_C.clamp_min(0)[:, None]
     gradient_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1.0, dtype=torch.float32))
-    return nll, loss, gradient_CV.mul_(counted_C1)
+    return nll, loss, gradient_CV.mul_((labels_C != IGNORED_LABEL)[:, None])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -80,9 +93,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, x_TD.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             x_CD = x_TD[chunk]
-            chunk_nll, chunk_loss, gradient_CV = chunk_losses(
-                functional.linear(x_CD, used_VD, used_V).float(), labels_T[chunk], z_loss_weight
-            )
+            logits_CV = functional.linear(x_CD, used_VD, used_V).float()
+            if needs_gradient:
+                chunk_nll, chunk_loss, gradient_CV = chunk_losses(
+                    logits_CV, labels_T[chunk], z_loss_weight
+                )
+            else:
+                chunk_nll, chunk_loss, _ = _chunk_sums(
+                    logits_CV, logits_CV.log_softmax(dim=-1), labels_T[chunk], z_loss_weight
+                )
             nll += chunk_nll
             loss += chunk_loss
             if needs_gradient:
