@@ -32,7 +32,9 @@ def our_side(batch: int) -> Callable[[], Measured]:
         prompts = _prompts(batch)
 
         def call() -> None:
-            next_logits = native_next_logits(model, PROMPT + NEW, torch.device("cpu"), [0] * batch)
+            next_logits = native_next_logits(
+                model, PROMPT + NEW, torch.device("cpu"), padding=[0] * batch
+            )
             tokens = continue_prompts(next_logits, prompts, Sampling(greedy=True))
             for _ in range(NEW):
                 next(tokens)

@@ -25,7 +25,7 @@ LOSS_PICTURE = FIGURES / "quickstart_loss.svg"
 FLOW_PICTURE = FIGURES / "flow.svg"
 WORKAROUNDS = ROOT / "pretrain" / "engine" / "workarounds"
 WORKAROUNDS_PAGE = ROOT / "docs" / "deepspeed_workarounds.md"
-PAGE_WIDTH = 130
+PAGE_WIDTH = 160
 ENTRIES = ("Fact", "Versions", "Upstream", "Effect", "Test")
 
 PAGE_HEAD = """\

@@ -197,6 +197,13 @@ class ValidationConfig(Section):
     final_windows: Positive | None = Field(
         None, description="sequences that the end of a run reads; all of them by default"
     )
+    batch_tokens: Positive = Field(
+        4096,
+        description=(
+            "tokens that a rank computes at once, at least a micro batch; always a micro batch if "
+            "experts drop tokens, because losses would depend on it"
+        ),
+    )
 
 
 class CodeEvaluation(Section):

@@ -22,6 +22,7 @@ from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import without_monitors
 from pretrain.engine.topology import Topology
 from pretrain.engine.workarounds.compiled_muon import import_muon_without_compiler
+from pretrain.engine.workarounds.compiled_optimizers import leave_compiler_out_of_optimizers
 from pretrain.engine.workarounds.flat_partitions import give_shards
 from pretrain.engine.workarounds.gradient_copies import spare_gradient_copies
 from pretrain.engine.workarounds.stage0_first_step import forget_first_step
@@ -90,6 +91,16 @@ def frozen_names(
     }
 
 
+def leave_compiler_out() -> None:
+    """Keep a start from importing torch's compiler, which takes longer than the rest of it.
+
+    To be called before the optimizer is made. ``train.compile`` imports what it needs, and works
+    as before.
+    """
+    leave_compiler_out_of_optimizers()
+    import_muon_without_compiler()
+
+
 def start_deepspeed(
     model: DecoderLM,
     optimizer: torch.optim.Optimizer,
@@ -106,7 +117,6 @@ def start_deepspeed(
     """
     zero_stage = stage_of(ds_config)
     check_buckets(model, ds_config.get("zero_optimization", {}), device)
-    import_muon_without_compiler()
     engine, wrapped, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=without_monitors(ds_config)
     )

@@ -21,6 +21,7 @@ from pretrain.engine.build import (
     expert_group,
     expert_shard,
     frozen_names,
+    leave_compiler_out,
     stage_of,
     start_deepspeed,
 )
@@ -95,6 +96,7 @@ class Engine:
         self.zero_stage = stage_of(ds_config)
         set_matmul_precision(recipe.train.tf32)
         set_fused_kernels(recipe.train.fused_kernels)
+        leave_compiler_out()
         # The order below matters: tables leave the model before DeepSpeed sees its parameters, and
         # all hooks are attached after DeepSpeed has built its optimizer.
         shard = expert_shard(recipe, topology, self.zero_stage)

@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from pretrain.checkpoint.tokenizer_files import MORE_TEMPLATES
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject, leads_outside
-from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
-from pretrain.export.custom.target import AUTO_MAP, CLASS_FILES
+from pretrain.export.custom.target import AUTO_MAP, CLASS_FILES, MODEL_TYPE
 from pretrain.export.writer import (
     INDEX,
     WEIGHTS,
@@ -58,7 +57,6 @@ OTHER_FILES = ("configuration_files", "transformers_weights")
 COUNT = re.compile(r"n(um)?_.*(layers?|experts?)")
 LARGEST_COUNT = 10_000
 TOKENIZER_CLASS = re.compile(r"\w+(Tokenizer(Fast)?|Backend)")
-OWN_TYPE = MoePretrainConfig.model_type
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -79,7 +77,7 @@ def read_config(folder: Path) -> JsonObject:
         raise CheckpointError(
             f"{folder / CONFIG} names no model_type: give the folder of a model for transformers"
         )
-    _check_code_files(folder, own=config["model_type"] == OWN_TYPE)
+    _check_code_files(folder, own=config["model_type"] == MODEL_TYPE)
     _check_named_code(folder, config)
     for field in OTHER_FILES:
         if config.get(field) is not None:
@@ -153,7 +151,7 @@ def _check_code_files(folder: Path, own: bool) -> None:
 def _check_named_code(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises :class:`CheckpointError` for a config that makes transformers fetch code."""
     # auto_map may also name a repository on the hub ("owner/name--module.Class").
-    expected = AUTO_MAP if config["model_type"] == OWN_TYPE else {}
+    expected = AUTO_MAP if config["model_type"] == MODEL_TYPE else {}
     named = config.get("auto_map")
     if named and named != expected:
         raise CheckpointError(

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject
-from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
 from pretrain.export.hf_files import (
     CONFIG,
     check_tokenizer_files,
@@ -175,6 +174,7 @@ def _config(folder: Path, view: Path) -> PreTrainedConfig:
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from pretrain.export.custom.configuration_moe_pretrain import MoePretrainConfig
     from pretrain.export.custom.modeling_moe_pretrain import MoePretrainForCausalLM
 
     AutoConfig.register(MoePretrainConfig.model_type, MoePretrainConfig, exist_ok=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+from data_pipeline.loading.batch import Batch
 from data_pipeline.loading.interface import Loader
 from data_pipeline.loading.packing import Windows
-from data_pipeline.loading.validation import validation_batches
+from data_pipeline.loading.validation import validation_batches, windows_per_batch
 from pretrain.config.recipe import ValidationConfig
 from pretrain.config.timeline import Phase
 from pretrain.core.errors import NonFiniteError
 from pretrain.engine.engine import Engine
+from pretrain.evaluation.call_dependence import call_dependence
 from pretrain.guards.progress import Progress
 from pretrain.training.records import RecordWriter, ValidationRecord
 from pretrain.training.timing import StepTimer
@@ -64,12 +67,7 @@ class Validator:
 
     def _measure(self, progress: Progress, max_windows: int | None) -> float:
         with self._timer.paused("validation"):
-            loader = self._loader
-            # The micro batch of the phase: a longer sequence may need a smaller one.
-            size = self._engine.phase_recipe.train.micro_batch_size
-            nll, targets = self._engine.evaluate(
-                validation_batches(self._windows, size, loader.dp_rank, loader.dp_size, max_windows)
-            )
+            nll, targets = self._engine.evaluate(self.batches(max_windows))
             # Sums over all ranks: shards of unequal size have no mean of means.
             loss = nll / targets
             if not math.isfinite(loss):
@@ -82,3 +80,13 @@ class Validator:
                 ValidationRecord(self._writer.position(progress.step), loss, targets)
             )
         return loss
+
+    def batches(self, max_windows: int | None) -> Iterator[Batch]:
+        """This rank's batches: without gradients more sequences fit than those of a micro batch."""
+        recipe, loader = self._engine.phase_recipe, self._loader
+        # The micro batch of the phase: a longer sequence may need a smaller one.
+        size = recipe.train.micro_batch_size
+        if call_dependence(recipe.model) is None:
+            tokens = max(self._config.batch_tokens, size * self._windows.sequence_length)
+            size = windows_per_batch(self._windows, loader.dp_size, max_windows, tokens)
+        return validation_batches(self._windows, size, loader.dp_rank, loader.dp_size, max_windows)

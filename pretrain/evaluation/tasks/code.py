@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from pretrain.core.errors import ConfigError, DataError
-from pretrain.evaluation.generation.writing import Writer
 from pretrain.evaluation.heldout.references import read_jsonl
 from pretrain.evaluation.tasks.sandbox import ProgramRun, run_program
+
+if TYPE_CHECKING:  # imports what reads models, and training needs the problems alone
+    from pretrain.evaluation.generation.writing import Writer
 
 # Strings that end a solution of HumanEval (Chen et al. 2021, section 2.1).
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

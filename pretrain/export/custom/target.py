@@ -25,6 +25,8 @@ from pretrain.model.moe.config import (
 )
 from pretrain.model.positions import config as position_schema
 
+# As in the class, whose file needs transformers.
+MODEL_TYPE = "moe_pretrain"
 # Copied into the export as they are.
 CLASS_FILES = tuple(sorted(Path(__file__).parent.glob("*_moe_pretrain.py")))
 AUTO_MAP = {
@@ -169,7 +171,7 @@ class Custom(ExportTarget):
     def config(self, model: ModelConfig, eod_id: int) -> JsonObject:
         """``config.json``, but the weights' dtype."""
         config = _content(model) | {
-            "model_type": "moe_pretrain",
+            "model_type": MODEL_TYPE,
             "auto_map": AUTO_MAP,
             "sliding_windows": [
                 model.attention.window(layer) for layer in range(model.num_hidden_layers)

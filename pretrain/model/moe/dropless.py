@@ -29,6 +29,9 @@ from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
 from pretrain.model.moe.shared_experts import shared_experts
 
+# Tokens of a call up to which kernels that group them on the device cost more than the host.
+FEW_TOKENS = 32
+
 
 def _layer_spec(config: DroplessMoEConfig, hidden_size: int, rows: int) -> MoELayerSpec:
     """The description that AutoEP would have detected in a Hugging Face model.
@@ -71,10 +74,15 @@ class _WeightShapes(nn.Module):
         super().__init__()
         zero = torch.zeros(())
         num_experts = config.num_experts
+
+        # On the meta device nothing is stored, and torch imports sympy to copy what is expanded.
+        def shaped(*shape: int) -> nn.Parameter:
+            return nn.Parameter(zero.new_empty(shape) if zero.is_meta else zero.expand(shape))
+
         self.gate = nn.Linear(hidden_size, num_experts, bias=config.router.bias)
         self.experts = nn.Module()
-        self.experts.gate_up_proj = nn.Parameter(zero.expand(num_experts, 2 * rows, hidden_size))
-        self.experts.down_proj = nn.Parameter(zero.expand(num_experts, hidden_size, rows))
+        self.experts.gate_up_proj = shaped(num_experts, 2 * rows, hidden_size)
+        self.experts.down_proj = shaped(num_experts, hidden_size, rows)
 
 
 class DroplessMoE(MoELayer, AutoEPMoELayer):
@@ -196,11 +204,11 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         routing = self.router(x_TD, record)
         if (
             torch.is_inference_mode_enabled()
-            and len(x_TD) == 1
+            and (len(x_TD) == 1 or (x_TD.is_cpu and len(x_TD) <= FEW_TOKENS))
             and self.ep_size == 1
             and not self.experts.is_grouped(x_TD)
         ):
-            return self._one_token(x_TD, routing).view_as(x_BSD), None
+            return self._few_tokens(x_TD, routing).view_as(x_BSD), None
         # [T, K] choices, flattened, sorted by expert: each expert's rows become contiguous.
         grouping = group_rows(routing.topk_ids_TK.reshape(-1), self.num_experts)
         y_TD = (
@@ -221,14 +229,15 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         )
         return y_TD.view_as(x_BSD), statistics
 
-    def _one_token(self, x_1D: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The same values for a single token, as in each step of generation: nothing is sorted."""
-        rows_KD = self.experts(x_1D, None, self._local_biases(), routing.topk_ids_TK[0].tolist())
-        rows_KD = functional.dropout(rows_KD, self.dropout, self.training)
-        y_1D = torch.bmm(routing.topk_weights_TK[:, None], rows_KD.float()[None])[:, 0].to(
-            rows_KD.dtype
-        )
-        return y_1D if self.shared is None else y_1D + self.shared(x_1D)
+    def _few_tokens(self, x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The same values for few tokens, as in each step of generation: the device sorts none."""
+        chosen = routing.topk_ids_TK.flatten().tolist()
+        rows_RD = self.experts(x_TD, None, self._local_biases(), chosen)
+        rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
+        weights_TK = routing.topk_weights_TK
+        rows_TKD = rows_RD.unflatten(0, weights_TK.shape)
+        y_TD = torch.bmm(weights_TK[:, None], rows_TKD.float())[:, 0].to(rows_RD.dtype)
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 
     def _local(self, x_TD: torch.Tensor, routing: Routing, grouping: Grouping) -> torch.Tensor:
         """The layer's output [T, D] if this rank has all experts."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -82,8 +83,8 @@ def experts_loop(
     return torch.cat(outputs) if outputs else x_RD
 
 
-def experts_of_one_token(
-    x_1D: torch.Tensor,
+def experts_of_few_tokens(
+    x_TD: torch.Tensor,
     chosen: list[int],
     *,
     w1_eXD: torch.Tensor,
@@ -92,15 +93,33 @@ def experts_of_one_token(
     form: ExpertForm,
     biases: ExpertBiases | None = None,
 ) -> torch.Tensor:
-    """The outputs of one token's K chosen experts, [K, D], in the order of the choices."""
+    """The outputs of each token's K chosen experts, [T * K, D], in the order of the choices.
+
+    Rows are grouped on the host, and experts without rows cost nothing.
+    """
+    # The choices of each expert, in their order.
+    places: dict[int, list[int]] = {}
+    for place, expert in enumerate(chosen):
+        places.setdefault(expert, []).append(place)
+    order = [place for choices in places.values() for place in choices]
+    # A single token is every expert's only row, and its experts are in the order of the choices.
+    is_single = len(x_TD) == 1
+    rows: Iterable[torch.Tensor] = itertools.repeat(x_TD)
+    if not is_single:
+        token_R = torch.tensor(order, device=x_TD.device) // (len(chosen) // len(x_TD))
+        rows = x_TD.index_select(0, token_R).split([len(choices) for choices in places.values()])
     outputs = []
-    for expert in chosen:
+    for expert, x_rD in zip(places, rows, strict=False):
         b1, b3, b2 = (None, None, None) if biases is None else (bias[expert] for bias in biases)
-        hidden_1F = form.hidden(
-            functional.linear(x_1D, w1_eXD[expert], b1), functional.linear(x_1D, w3_eXD[expert], b3)
+        hidden_rF = form.hidden(
+            functional.linear(x_rD, w1_eXD[expert], b1), functional.linear(x_rD, w3_eXD[expert], b3)
         )
-        outputs.append(functional.linear(hidden_1F, w2_eDF[expert], b2))
-    return torch.cat(outputs)
+        outputs.append(functional.linear(hidden_rF, w2_eDF[expert], b2))
+    rows_RD = torch.cat(outputs)
+    if is_single:
+        return rows_RD
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return rows_RD.index_select(0, torch.tensor(inverse, device=x_TD.device))
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -273,12 +292,12 @@ class Experts(nn.Module):
         """Rows grouped by local expert [R, D] and the row count of each [e] -> [R, D].
 
         Args:
-            chosen: instead of the counts, the K experts of a single token [1, D], whose outputs [K,
-                D] are returned.
+            chosen: instead of the counts, the K experts of each of few tokens [T, D], whose outputs
+                [T * K, D] are returned.
         """
         form = self.form if self.training else self.form._replace(dropout=0.0)
         matrices = {"w1_eXD": self.w1, "w2_eDF": self.w2, "w3_eXD": self.w3}
         if chosen is not None:
-            return experts_of_one_token(x_RD, chosen, **matrices, form=form, biases=biases)
+            return experts_of_few_tokens(x_RD, chosen, **matrices, form=form, biases=biases)
         assert counts_e is not None
         return self.kernel(x_RD, counts_e, **matrices, form=form, biases=biases)

@@ -114,6 +114,17 @@ assert "torch._inductor" in sys.modules
 """)
 
 
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])
+def test_optimizers_of_torch_bring_the_compiler(kind: str) -> None:
+    passes(f"""
+import inspect, sys
+optimizer = torch.optim.{kind}([nn.Parameter(torch.ones(1))])
+assert "torch._dynamo" in sys.modules
+step = type(optimizer).step.__wrapped__
+assert "_dynamo" in inspect.getsource(step.__code__) and step.__wrapped__ is not None
+""")
+
+
 def test_a_new_batch_size_leaves_the_count_of_micro_batches() -> None:
     passes("""
 engine, optimizer, _, _ = start(1)

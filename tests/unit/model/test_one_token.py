@@ -1,4 +1,4 @@
-"""What generation computes for a single token in fewer operations is what it computes for many."""
+"""What generation computes for few tokens in fewer operations is what it computes for many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from pretrain.config.load import load_recipe
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.model.moe.dropless import DroplessMoE
+from pretrain.model.moe.dropless import FEW_TOKENS, DroplessMoE
 from pretrain.model.moe.router import Routing
 from pretrain.model.norm import FEW_ELEMENTS, RMSNorm
 from pretrain.model.positions.rope import (
@@ -28,8 +28,8 @@ KINDS = {
 }
 
 
-def dropless_layer(overrides: list[str]) -> tuple[DroplessMoE, torch.Tensor]:
-    """A layer with random weights and biases, and a token [1, 1, D]."""
+def dropless_layer(overrides: list[str], tokens: int = 1) -> tuple[DroplessMoE, torch.Tensor]:
+    """A layer with random weights and biases, and a token of each text [tokens, 1, D]."""
     model = DecoderLM(
         load_recipe("debug", ["model.vocab_size=64", "parallel.ep_size=1", *overrides]).model
     )
@@ -38,12 +38,13 @@ def dropless_layer(overrides: list[str]) -> tuple[DroplessMoE, torch.Tensor]:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2, generator=generator)
     layer = next(module for module in model.eval().modules() if isinstance(module, DroplessMoE))
-    return layer, torch.randn(1, 1, model.config.hidden_size, generator=generator)
+    return layer, torch.randn(tokens, 1, model.config.hidden_size, generator=generator)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8, FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_single_tokens_experts_answer_as_those_of_many_tokens(kind: str) -> None:
-    layer, x_BSD = dropless_layer(KINDS[kind])
+def test_the_experts_of_few_tokens_return_what_those_of_many_do(kind: str, tokens: int) -> None:
+    layer, x_BSD = dropless_layer(KINDS[kind], tokens)
     with torch.no_grad():
         expected_BSD, statistics = layer(x_BSD)
     assert statistics is not None
@@ -51,10 +52,11 @@ def test_a_single_tokens_experts_answer_as_those_of_many_tokens(kind: str) -> No
         assert torch.equal(layer(x_BSD)[0], expected_BSD)
 
 
-def test_with_another_tokens_experts_a_single_token_gets_another_answer(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_with_other_experts_few_tokens_get_other_values(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x_BSD = dropless_layer([])
+    layer, x_BSD = dropless_layer([], tokens)
     with torch.inference_mode():
         expected_BSD = layer(x_BSD)[0]
 

@@ -15,7 +15,7 @@ from data_pipeline.loading.batch import NO_LOSS, Batch, to_batch
 from data_pipeline.loading.packing import Windows
 from data_pipeline.loading.plan import LoaderPhase
 from data_pipeline.loading.shard_loader import ShardLoader, TrainingSource, open_shard_loader
-from data_pipeline.loading.validation import validation_batches
+from data_pipeline.loading.validation import validation_batches, windows_per_batch
 from data_pipeline.shards.datasets import load_datasets
 from data_pipeline.shards.index_header import HEADER, MAGIC
 from data_pipeline.shards.indexed import bin_path
@@ -239,6 +239,29 @@ def test_few_validation_windows_are_spread_and_do_not_depend_on_ranks(tmp_path: 
     }
     assert chosen[1] == chosen[2]
     assert [label // 4 for label in chosen[1][::4]] == [0, 20, 40, 60, 80]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("max_windows", [None, 1, 5, 99])
+@pytest.mark.parametrize("batch_tokens", [1, 12, 40, 4000])
+def test_batches_of_tokens_score_each_target_once_with_little_padding(
+    tmp_path: Path, dp_size: int, max_windows: int | None, batch_tokens: int
+) -> None:
+    windows = windows_of(tmp_path, 101 * 4)
+    size = windows_per_batch(windows, dp_size, max_windows, batch_tokens)
+    ranks = [
+        list(validation_batches(windows, size, rank, dp_size, max_windows))
+        for rank in range(dp_size)
+    ]
+    count = 101 if max_windows is None else max_windows
+    assert 1 <= size <= max(batch_tokens // 4, 1)
+    rounds = len(ranks[0])
+    assert [len(batches) for batches in ranks] == [rounds] * dp_size
+    # No batches more than the tokens need, and no batch that is more than one window too large.
+    assert rounds == -(-count // (max(batch_tokens // 4, 1) * dp_size))
+    assert 0 <= rounds * size * dp_size - count < rounds * dp_size
+    whole = labels_of(list(validation_batches(windows, 2, 0, 1, max_windows)))
+    assert sorted(label for batches in ranks for label in labels_of(batches)) == sorted(whole)
 
 
 def test_validation_without_a_target_is_an_error_at_once(tmp_path: Path) -> None:
