@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
@@ -29,14 +29,36 @@ class RouterStatistics(NamedTuple):
 
 @dataclass
 class RoutingRecord:
-    """The routing decision of one layer and micro batch, kept for activation checkpointing.
+    """The routing of one layer and micro batch, kept for activation checkpointing.
 
     The first forward pass writes the chosen experts here; the recomputation in the backward pass
     reads them. So a recomputed block routes exactly as it did, even if a rounding difference would
-    flip a close top-k.
+    flip a close top-k, and ranks do not exchange their counts a second time.
+
+    Attributes:
+        topk_ids_TK: the chosen experts.
+        plan: how many rows go from rank to rank, in the layer's own form.
+        keeps_rows: whether rows that ranks exchange are kept too (selective recomputation).
     """
 
     topk_ids_TK: torch.Tensor | None = None
+    plan: Any = None
+    keeps_rows: bool = False
+    _rows: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def exchanged(self, name: str, exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The rows that ``exchange`` returns; in a recomputation those of the first pass, if kept.
+
+        Args:
+            name: of the exchange in its layer.
+        """
+        if name in self._rows:
+            # For the recomputation only: memory is free again after it.
+            return self._rows.pop(name)
+        rows = exchange()
+        if self.keeps_rows:
+            self._rows[name] = rows.detach().requires_grad_(rows.requires_grad)
+        return rows
 
 
 # Fills a tensor in place with the random values of the stream that a name seeds.

@@ -207,7 +207,9 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         rows_RD = (
             self._local_experts(rows_RD, counts_E)
             if self.ep_size == 1
-            else self._exchanged_experts(rows_RD, routing.topk_ids_TK, counts_E)
+            else self._exchanged_experts(
+                rows_RD, routing.topk_ids_TK, counts_E, record or RoutingRecord()
+            )
         )
         # Before the weights, so that a dropped element is one of an expert's output.
         rows_RD = functional.dropout(rows_RD, self.dropout, self.training)
@@ -237,12 +239,16 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         return self.experts(rows_RD, counts_E, self._local_biases())
 
     def _exchanged_experts(
-        self, rows_RD: torch.Tensor, topk_ids_TK: torch.Tensor, counts_E: torch.Tensor
+        self,
+        rows_RD: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        counts_E: torch.Tensor,
+        record: RoutingRecord,
     ) -> torch.Tensor:
         """Rows sorted by global expert -> the same rows through their experts on whichever rank."""
         # The plan costs one all-to-all of counts and a host synchronisation: the splits must be
         # known on the CPU before rows are sent.
-        plan = compute_split_plan(
+        plan = record.plan = record.plan or compute_split_plan(
             topk_ids_TK,
             self.num_experts,
             self.ep_size,
@@ -250,7 +256,10 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             self.ep_group,
             counts_E.int(),
         )
-        arrived_RD = _AllToAllV.apply(self.ep_group, rows_RD, plan.input_splits, plan.output_splits)
+        there, back = plan.input_splits, plan.output_splits
+        arrived_RD = record.exchanged(
+            "arrived", lambda: _AllToAllV.apply(self.ep_group, rows_RD, there, back)
+        )
         order_R, inverse_R, counts_e = group_arrived(
             plan.local_counts_by_source, arrived_RD.shape[0]
         )
@@ -258,12 +267,10 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         # reduction over the expert-data-parallel group expects one from each of its ranks.
         grouped_RD = permute_rows(arrived_RD, order_R, inverse_R)
         grouped_RD = self.experts(grouped_RD, counts_e, self._local_biases())
+        outputs_RD = permute_rows(grouped_RD, inverse_R, order_R)
         # The way back swaps the splits of the way there.
-        return _AllToAllV.apply(
-            self.ep_group,
-            permute_rows(grouped_RD, inverse_R, order_R),
-            plan.output_splits,
-            plan.input_splits,
+        return record.exchanged(
+            "returned", lambda: _AllToAllV.apply(self.ep_group, outputs_RD, back, there)
         )
 
     def _local_biases(self) -> ExpertBiases | None:
