@@ -23,16 +23,20 @@ class Batch:
         labels_BS: int64, the next token of each input; -100 for no loss.
         document_ids_BS: int64, number of the document inside the sample, from 0; None without a
             document mask.
+        max_documents: at least the number of documents of all samples together: a power of two,
+            so that it rarely changes. None if it was not counted.
     """
 
     input_ids_BS: Tensor
     labels_BS: Tensor
     document_ids_BS: Tensor | None = None
+    max_documents: int | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
         documents = None if self.document_ids_BS is None else self.document_ids_BS.to(device)
-        return Batch(self.input_ids_BS.to(device), self.labels_BS.to(device), documents)
+        tokens = self.input_ids_BS.to(device), self.labels_BS.to(device)
+        return Batch(*tokens, documents, self.max_documents)
 
     @property
     def position_ids_BS(self) -> Tensor | None:
@@ -115,4 +119,10 @@ def to_batch(samples: Sequence[Sample]) -> Batch:
         for rows in zip(*((sample.inputs_S, sample.labels_S) for sample in samples), strict=True)
     )
     documents = [sample.documents_S for sample in samples if sample.documents_S is not None]
-    return Batch(inputs_BS, labels_BS, torch.from_numpy(np.stack(documents)) if documents else None)
+    if not documents:
+        return Batch(inputs_BS, labels_BS)
+    ids_BS = np.stack(documents)
+    # Here, on the host: a GPU would make it wait.
+    count = len(ids_BS) + int((ids_BS[:, 1:] != ids_BS[:, :-1]).sum())
+    most = 1 << (count - 1).bit_length()
+    return Batch(inputs_BS, labels_BS, torch.from_numpy(ids_BS), most)

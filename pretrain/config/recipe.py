@@ -28,13 +28,18 @@ from pretrain.core.section import (
     SequenceTokens,
     Tokens,
 )
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, Recomputation
 from pretrain.optim.config import Optimizer
 
 
 def _on_or_off(value: object) -> object:
     # YAML reads a bare on or off as a boolean.
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _which_recomputation(value: object) -> object:
+    # Recipes from before there was a choice say true or false.
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class TrainConfig(Section):
@@ -83,11 +88,12 @@ class TrainConfig(Section):
         ),
     )
     # Speed and memory: none of these changes what is learned, except by rounding.
-    compile: Literal["none", "blocks", "all"] = Field(
-        "none",
+    compile: Literal["auto", "none", "blocks", "all"] = Field(
+        "auto",
         description=(
             "'blocks': torch.compile of attention and of dense blocks, once at the start; 'all': "
-            "also what is between the matrix products of experts and head"
+            "also what is between the matrix products of experts and head; 'auto': blocks on a "
+            "GPU that Triton compiles for, except at ZeRO stage 3, else none"
         ),
     )
     fused_kernels: Literal["auto", "none"] = Field(
@@ -97,9 +103,15 @@ class TrainConfig(Section):
             "installed; 'none': torch's operators everywhere"
         ),
     )
-    activation_checkpointing: bool = Field(
-        False,
-        description="recompute each block in the backward pass instead of keeping its activations",
+    activation_checkpointing: Annotated[Recomputation, BeforeValidator(_which_recomputation)] = (
+        Field(
+            "none",
+            description=(
+                "'full': recompute each block in the backward pass, and keep only its input; "
+                "'selective': keep the outputs of matrix products, attention and exchanges between "
+                "ranks, and recompute the rest; true and false are full and none"
+            ),
+        )
     )
     # Of the norm over all parameters and ranks, which DeepSpeed computes.
     grad_clip: Annotated[float, Field(ge=0)] = Field(

@@ -39,6 +39,8 @@ class Accelerator:
         return self.fp32_flops if precision == "fp32" else self.bf16_flops
 
 
+# Compute capability of the oldest GPUs that Triton, and with it torch.compile, generates code for.
+TRITON_CAPABILITY = (7, 0)
 # Words of device names: slower cards of the same chip, parts of one (multi-instance GPU).
 OTHER_VARIANTS = {"PCIe", "PCIE", "NVL", "Laptop", "MIG"}
 ACCELERATORS = (

@@ -14,7 +14,7 @@ from torch import distributed, nn
 
 from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
-from pretrain.config.rules.sections import expert_shards
+from pretrain.config.rules.sections import expert_shards, kernel_demands
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config_check import AUTO
@@ -26,6 +26,7 @@ from pretrain.engine.workarounds.compiled_optimizers import leave_compiler_out_o
 from pretrain.engine.workarounds.flat_partitions import give_shards
 from pretrain.engine.workarounds.gradient_copies import spare_gradient_copies
 from pretrain.engine.workarounds.stage0_first_step import forget_first_step
+from pretrain.model.attention.kernels.base import chosen_kernel, gpu_capability
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
@@ -51,6 +52,15 @@ def expert_shard(recipe: Recipe, topology: Topology, zero_stage: int) -> ExpertS
     return ExpertShard(topology.rank % parts, parts)
 
 
+def with_kernel(recipe: Recipe, device_type: str) -> ModelConfig:
+    """The recipe's model with the attention kernel that it trains with on a device of this type."""
+    attention = recipe.model.attention
+    kernel = chosen_kernel(attention.kernel, kernel_demands(recipe), device_type, gpu_capability())
+    return recipe.model.model_copy(
+        update={"attention": attention.model_copy(update={"kernel": kernel})}
+    )
+
+
 def build_model(
     recipe: Recipe,
     precision: str,
@@ -65,7 +75,8 @@ def build_model(
     Args:
         load_weights: overwrites the random weights.
     """
-    model = DecoderLM(recipe.model, shard.parts, shard.part, recipe.train.activation_checkpointing)
+    config = with_kernel(recipe, device.type)
+    model = DecoderLM(config, shard.parts, shard.part, recipe.train.activation_checkpointing)
     initialize(model, recipe.seed)
     if load_weights is not None:
         load_weights(model, shard.part, shard.parts)

@@ -8,11 +8,37 @@ from __future__ import annotations
 
 import torch
 
+from pretrain.core.accelerators import TRITON_CAPABILITY
 from pretrain.model.block import Block
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.loss import LanguageModelHead
 from pretrain.model.moe.experts import Experts
 from pretrain.model.moe.shared_experts import SharedExperts
+
+
+def chosen_form(
+    asked: str, device_type: str, capability: tuple[int, int] | None, zero_stage: int
+) -> str:
+    """What ``train.compile`` is on this device: ``none``, ``blocks`` or ``all``.
+
+    ``auto`` compiles where code is generated fast and runs faster. ZeRO 3 gathers weights inside
+    what would be compiled.
+
+    Args:
+        capability: compute capability of the GPU; None without one.
+    """
+    if asked != "auto":
+        return asked
+    able = device_type == "cuda" and capability is not None and capability >= TRITON_CAPABILITY
+    return "blocks" if able and zero_stage < 3 else "none"
+
+
+def compile_model(model: DecoderLM, form: str) -> None:
+    """Compile what ``form`` of :func:`chosen_form` says, in place."""
+    if form != "none":
+        compile_blocks(model)
+    if form == "all":
+        compile_experts_and_head(model)
 
 
 def compile_blocks(model: DecoderLM, backend: str = "inductor") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -25,7 +26,7 @@ from pretrain.engine.build import (
     stage_of,
     start_deepspeed,
 )
-from pretrain.engine.compile import compile_blocks, compile_experts_and_head
+from pretrain.engine.compile import chosen_form, compile_model
 from pretrain.engine.expert_tables import ExpertTablesStep, take_expert_tables
 from pretrain.engine.loss_scale import LossScale
 from pretrain.engine.master_weights import MasterWeights
@@ -40,6 +41,7 @@ from pretrain.engine.workarounds.batch_size_change import set_batch_sizes
 from pretrain.engine.workarounds.norm_of_tables import count_in_norm
 from pretrain.engine.workarounds.stage0_gradient_norm import Stage0Clipping
 from pretrain.engine.workarounds.update_veto import UpdateVeto
+from pretrain.model.attention.kernels.base import gpu_capability
 from pretrain.model.decoder import TrainOutput
 from pretrain.model.kernels.selection import set_fused_kernels
 from pretrain.optim.param_groups import (
@@ -48,6 +50,8 @@ from pretrain.optim.param_groups import (
     parameter_groups,
     peak_learning_rates,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCounts(TypedDict):
@@ -75,6 +79,7 @@ class Engine:
     Attributes:
         recipe: of the whole run.
         phase_recipe: the recipe as it is in the phase that was entered last.
+        compiled: what ``train.compile`` is on this device.
         usage: how often each expert was chosen.
         sparse_optimizer: trains the expert tables of a PEER model; None for other models.
         masters: the fp32 weights.
@@ -117,10 +122,13 @@ class Engine:
         self.monitor = self.deepspeed.monitor = Monitor(
             ds_config, topology.is_main, lambda: self.deepspeed.global_samples
         )
-        if recipe.train.compile != "none":
-            compile_blocks(self.model)
-        if recipe.train.compile == "all":
-            compile_experts_and_head(self.model)
+        self.compiled = chosen_form(
+            recipe.train.compile, topology.device.type, gpu_capability(), self.zero_stage
+        )
+        compile_model(self.model, self.compiled)
+        logger.info(
+            "attention kernel %s, compiled: %s", self.model.config.attention.kernel, self.compiled
+        )
         self._peak_learning_rates = peak_learning_rates(recipe.optimizer)
         self.loss_scale = LossScale(self.optimizer, self.zero_stage, precision)
         self.masters = MasterWeights(self.optimizer, self.zero_stage, precision)
@@ -420,4 +428,5 @@ def forward(
         batch.document_ids_BS,
         fractions_LE,
         batch.position_ids_BS,
+        batch.max_documents,
     )

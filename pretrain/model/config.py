@@ -25,6 +25,8 @@ from pretrain.model.positions.config import Position, Rope
 
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+# What of a block is recomputed in the backward pass (pretrain/model/recomputation.py).
+Recomputation = Literal["none", "selective", "full"]
 
 # --- norms ---
 

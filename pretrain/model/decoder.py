@@ -12,13 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.core.errors import ConfigError
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, Recomputation
 from pretrain.model.embedding import TokenEmbedding
 from pretrain.model.loss import LanguageModelHead
 from pretrain.model.moe.base import RouterStatistics, RoutingRecord
 from pretrain.model.moe.losses import loss_weights
 from pretrain.model.multi_token import MultiTokenBlock, shifted_by_one
 from pretrain.model.positions.interface import PositionTerms
+from pretrain.model.recomputation import contexts
 
 
 class RouterTotals(NamedTuple):
@@ -105,7 +106,7 @@ class DecoderLM(nn.Module):
         config: with ``vocab_size`` set.
         ep_size: ranks that share one set of experts; at 1 no process group is needed.
         ep_rank: which part of the experts this rank holds.
-        activation_checkpointing: recompute each block in the backward pass.
+        activation_checkpointing: what of each block is recomputed in the backward pass.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class DecoderLM(nn.Module):
         config: ModelConfig,
         ep_size: int = 1,
         ep_rank: int = 0,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Recomputation = "none",
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, (
@@ -154,6 +155,7 @@ class DecoderLM(nn.Module):
         document_ids_BS: torch.Tensor | None = None,
         fractions_LE: torch.Tensor | None = None,
         position_ids_BS: torch.Tensor | None = None,
+        max_documents: int | None = None,
     ) -> TrainOutput:
         """The loss of one micro batch.
 
@@ -166,10 +168,10 @@ class DecoderLM(nn.Module):
             fractions_LE: choices per token of each layer's experts over the global batch, for the
                 load-balance loss.
             position_ids_BS: each token's position in its document; in the sequence by default.
+            max_documents: as :class:`AttentionMask` has it.
         """
-        place = self._place(
-            input_ids_BS, AttentionMask(document_ids_BS=document_ids_BS), position_ids_BS
-        )
+        mask = AttentionMask(0, document_ids_BS, max_documents)
+        place = self._place(input_ids_BS, mask, position_ids_BS)
         x_BSD, statistics = self._trunk(input_ids_BS, place, None, fractions_LE)
         loss, nll = self.head(self._normed(x_BSD), labels_BS)
         multi_token_nll: torch.Tensor | None = None
@@ -250,7 +252,7 @@ class DecoderLM(nn.Module):
         fractions_E: torch.Tensor | None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """Run one block, recomputed in the backward pass if activations are checkpointed."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
+        if self.activation_checkpointing != "none" and torch.is_grad_enabled():
             # The record makes the recomputation repeat the first pass' choice of experts: a top-k
             # that flips on a rounding error would change the shapes that autograd has saved.
             recomputed = checkpoint(
@@ -259,11 +261,12 @@ class DecoderLM(nn.Module):
                 place.terms,
                 place.mask,
                 None,
-                RoutingRecord(),
+                RoutingRecord(keeps_rows=self.activation_checkpointing == "selective"),
                 fractions_E,
                 # The re-entrant form would not see the record's fresh choice, and loses the
                 # statistics' gradient.
                 use_reentrant=False,
+                context_fn=contexts(self.activation_checkpointing),
             )
             return recomputed[0], recomputed[1]
         x_BSD, statistics = block(*inputs, place.terms, place.mask, layer_cache, None, fractions_E)

@@ -18,7 +18,11 @@ from pretrain.core.accelerators import (
 )
 from pretrain.core.errors import ConfigError
 from pretrain.engine.precision import resolve_precision
-from pretrain.model.attention.kernels.base import check_kernel_here
+from pretrain.model.attention.kernels.base import (
+    check_kernel_here,
+    gpu_capability,
+    gpu_demand,
+)
 from pretrain.model.attention.kernels.config import kernel_section
 from pretrain.model.moe.config import MoE
 from pretrain.model.moe.exchange.base import check_parts, check_parts_here
@@ -57,6 +61,14 @@ class Hardware:
             raise ConfigError(f"train.precision=fp8: {self.gpu.name} has no fp8 matrix products")
         return "bf16" if wanted == "auto" else wanted
 
+    @property
+    def device(self) -> tuple[str, tuple[int, int] | None]:
+        """Its type as torch names it, and the compute capability of a GPU of NVIDIA."""
+        if self.gpu is not None:
+            return "cuda", self.gpu.capability
+        capability = gpu_capability()
+        return "cpu" if capability is None else "cuda", capability
+
     def check_kernel(self, name: str) -> None:
         """Check that an attention kernel that is for certain GPUs runs on this one.
 
@@ -65,11 +77,10 @@ class Hardware:
         """
         if self.gpu is None:
             check_kernel_here(name)
-        elif (needed := kernel_section(name).capability) not in (None, self.gpu.capability):
+        elif needed := gpu_demand(kernel_section(name), self.gpu.capability):
             raise ConfigError(
-                f"model.attention.kernel={name} needs a GPU of compute capability"
-                f" {'.'.join(map(str, needed or ()))}, and {self.gpu.name} has another: use --set"
-                " model.attention.kernel=sdpa"
+                f"model.attention.kernel={name} needs {needed}, and {self.gpu.name} has another: "
+                "use --set model.attention.kernel=sdpa"
             )
 
     def check_experts(self, moe: MoE | None, ep_size: int, precision: str) -> None:

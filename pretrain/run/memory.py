@@ -52,7 +52,8 @@ def state_bytes_per_rank(
 def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) -> int:
     """Return roughly the bytes that one micro batch keeps for the backward pass.
 
-    With activation checkpointing: the input of each block, and the working set of one block.
+    With activation checkpointing: the input of each block, and the working set of one block; with
+    the selective one also what blocks keep of their products.
     """
     tokens = train.micro_batch_size * train.sequence_length
     width = 4 if precision == "fp32" else 2
@@ -60,16 +61,25 @@ def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) ->
     attention = (
         config.attention.score_dim + config.attention.value_dim + config.attention.trained_per_token
     )
+    layers = attention_layers(config)
     per_layer = [
         tokens
         * width
         * (6 * config.hidden_size + 2 * attention + _kept_by_feed_forward(config, layer))
-        for layer in attention_layers(config)
+        for layer in layers
     ]
-    if train.activation_checkpointing:
-        blocks = max(per_layer) + len(per_layer) * tokens * width * config.hidden_size
-    else:
-        blocks = sum(per_layer)
+    blocks = sum(per_layer)
+    if train.activation_checkpointing != "none":
+        inputs = len(per_layer) * tokens * width * config.hidden_size
+        products = 0
+        if train.activation_checkpointing == "selective":
+            # Queries, keys, values, attention's output, and the output projection's.
+            of_attention = attention + config.attention.value_dim + config.hidden_size
+            products = sum(
+                tokens * width * (of_attention + _products_of_feed_forward(config, layer))
+                for layer in layers
+            )
+        blocks = max(per_layer) + inputs + products
     # fp32 logits, their softmax and their gradient, of one chunk of tokens.
     logits = 3 * 4 * min(tokens, config.loss_chunk_tokens) * config.padded_vocab_size
     return blocks + logits
@@ -81,3 +91,12 @@ def _kept_by_feed_forward(config: ModelConfig, layer: int) -> int:
     if config.moe is None or not config.layer_pattern.is_moe(layer):
         return kept * (config.intermediate_size or 0)
     return config.moe.kept_activations(config.hidden_size, kept)
+
+
+def _products_of_feed_forward(config: ModelConfig, layer: int) -> int:
+    """Return elements of the outputs of a layer's matrix products, a token."""
+    # What is kept of a hidden unit but the activation and its dropout.
+    products = config.feed_forward.kept_per_unit - 2
+    if config.moe is None or not config.layer_pattern.is_moe(layer):
+        return products * (config.intermediate_size or 0) + config.hidden_size
+    return config.moe.kept_products(config.hidden_size, products)

@@ -31,6 +31,7 @@ class RunSummary:
         checkpoint: the pointer to the newest one.
         checkpoints: the checkpoints that have a name, by that name.
         done_already: whether there was nothing to do.
+        attention_kernel, compiled: what the recipe's fields were on this device.
     """
 
     recipe: str
@@ -53,6 +54,8 @@ class RunSummary:
     checkpoints: dict[str, str]
     resumed_from_step: int
     done_already: bool
+    attention_kernel: str
+    compiled: str
 
     def to_dict(self) -> JsonObject:
         """Return it as JSON has it."""
@@ -115,6 +118,8 @@ class Outcome:
             checkpoints=layout.pointers(checkpoints),
             resumed_from_step=self.resumed_from,
             done_already=self.was_done,
+            attention_kernel=trainer.engine.model.config.attention.kernel,
+            compiled=trainer.engine.compiled,
         )
 
     def complete(self, summary: RunSummary, finished: bool) -> None:

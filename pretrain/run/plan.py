@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, replace
 
 from pretrain.checkpoint.weights_only import tensor_shapes
 from pretrain.config.recipe import Recipe, TrainConfig
+from pretrain.config.rules.sections import kernel_demands
 from pretrain.config.timeline import Timeline
 from pretrain.core.files import JsonObject
+from pretrain.engine.compile import chosen_form
 from pretrain.engine.part_precision import PartPrecision, part_precisions
+from pretrain.model.attention.kernels.base import chosen_kernel
 from pretrain.model.sizes import ModelSize, model_size
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.run.estimate import Estimate, Hardware, estimate_time
@@ -52,6 +55,8 @@ class Plan:
         phases: empty for a run without phases.
         weight_notes: in what ``initial_weights`` differ from the recipe.
         formats: in which number format each part computes.
+        attention_kernel, compiled: what the recipe's fields are on the GPU of the plan, or on this
+            machine.
         has_length: false if the recipe gives its length in epochs, and there are no data to count
             them in; then steps, tokens, time and phases are not known.
     """
@@ -66,6 +71,8 @@ class Plan:
     phases: list[PhasePlan]
     weight_notes: list[str]
     formats: list[PartPrecision]
+    attention_kernel: str
+    compiled: str
     has_length: bool = True
 
     @property
@@ -84,6 +91,8 @@ class Plan:
             "world_size": config.world_size,
             "zero_stage": config.zero_stage,
             "precision": config.recipe.train.precision,
+            "attention_kernel": self.attention_kernel,
+            "compiled": self.compiled,
             "number_formats": [asdict(part) for part in self.formats],
             "parameters_total": size.parameters_total,
             "parameters_active": size.parameters_active,
@@ -152,6 +161,10 @@ def make_plan(
         phases=plan_phases(recipe, timeline, config.world_size),
         weight_notes=list(weight_notes),
         formats=part_precisions(recipe.model, precision),
+        attention_kernel=chosen_kernel(
+            recipe.model.attention.kernel, kernel_demands(recipe), *hardware.device
+        ),
+        compiled=chosen_form(recipe.train.compile, *hardware.device, config.zero_stage),
     )
 
 

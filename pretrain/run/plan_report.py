@@ -72,6 +72,7 @@ def _plan_lines(plan: Plan) -> dict[str, str]:
             f"{plan.accumulation_steps} micro batches of "
             f"{train.micro_batch_size} x {train.sequence_length}"
         ),
+        "computes by": f"attention kernel {plan.attention_kernel}, compiled: {plan.compiled}",
         "memory a rank": _memory_line(plan),
         "time": time,
     }

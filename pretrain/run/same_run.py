@@ -163,6 +163,8 @@ def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
 def _field(recipe: Recipe, dotted: str) -> Any:
     """Return the value at a dotted path, as JSON."""
     value: Any = recipe.model_dump(mode="json")
+    # How attention is computed, not what: it may follow from the device.
+    del value["model"]["attention"]["kernel"]
     for key in dotted.split("."):
         value = value[key]
     return value

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from pretrain.config.load import load_recipe
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, Recomputation
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 
 VOCAB_SIZE = 100
+RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "selective", "full")
 # Weights large enough that every part of the model shows in the logits.
 SIZES = (f"model.vocab_size={VOCAB_SIZE}", "model.initializer_range=0.3")
 KINDS = {
@@ -26,7 +27,9 @@ def tiny_config(*overrides: str) -> ModelConfig:
     return load_recipe("debug", [*SIZES, *overrides]).model
 
 
-def tiny_model(*overrides: str, activation_checkpointing: bool = False, seed: int = 1) -> DecoderLM:
+def tiny_model(
+    *overrides: str, activation_checkpointing: Recomputation = "none", seed: int = 1
+) -> DecoderLM:
     model = DecoderLM(tiny_config(*overrides), activation_checkpointing=activation_checkpointing)
     initialize(model, seed)
     return model

@@ -64,11 +64,10 @@ def rotary_dim_is_even(recipe: Recipe) -> None:
         )
 
 
-def kernel_computes_the_recipe(recipe: Recipe) -> None:
-    """The attention kernel must support all that the recipe asks for."""
+def kernel_demands(recipe: Recipe) -> KernelDemands:
+    """What the recipe needs of its attention kernel."""
     attention = recipe.model.attention
-    # Each kernel's section declares what it lacks, so a new kernel needs no change here.
-    demands = KernelDemands(
+    return KernelDemands(
         sliding_window=attention.sliding_window is not None,
         sinks=attention.sinks,
         alibi=recipe.model.position.alibi,
@@ -77,8 +76,16 @@ def kernel_computes_the_recipe(recipe: Recipe) -> None:
         fp32=recipe.train.precision == "fp32",
         values_of_another_width=attention.value_dim != attention.score_dim,
         widest_head=attention.widest_head,
+        trained_head=attention.trained_head,
         latents=attention.attended_latents,
     )
+
+
+def kernel_computes_the_recipe(recipe: Recipe) -> None:
+    """The attention kernel must support all that the recipe asks for."""
+    attention = recipe.model.attention
+    # Each kernel's section declares what it lacks, so a new kernel needs no change here.
+    demands = kernel_demands(recipe)
     if missing := kernel_section(attention.kernel).lacks(demands):
         able = " or ".join(kind_name(kind) for kind in kinds_of(Kernel) if not kind.lacks(demands))
         raise ConfigError(
@@ -410,7 +417,7 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
                 f"refuses it): use ds_configs/zero{max(moe.zero_stages)}.json, or "
                 "model.moe.kind=dropless"
             )
-    if train.compile != "none" and zero_stage == 3:
+    if train.compile in ("blocks", "all") and zero_stage == 3:
         raise ConfigError(
             f"train.compile={train.compile} cannot run with ZeRO stage 3, which gathers weights "
             "inside what would be compiled: use ds_configs/zero2.json, or train.compile=none"

@@ -35,7 +35,9 @@ class Attention(Component):
         "et al. 2023; gpt-oss)",
     )
     kernel: Annotated[str, NameOf(Kernel), Effect.NONE] = Field(
-        "sdpa", description="'reference' is the plain fp32 form that tests compare with"
+        "auto",
+        description="'auto': the fastest for the device and the mask, sdpa on a CPU; 'reference': "
+        "the plain fp32 form that tests compare with",
     )
 
     @model_validator(mode="after")
@@ -86,6 +88,11 @@ class Attention(Component):
     @abstractmethod
     def widest_head(self) -> int:
         """Elements of the widest head that a kernel gets, in training or with a cache."""
+
+    @property
+    @abstractmethod
+    def trained_head(self) -> int:
+        """Elements of the widest head that a kernel gets without a cache."""
 
     @property
     def attended_latents(self) -> tuple[int, int] | None:
@@ -158,6 +165,10 @@ class GroupedQueryAttentionConfig(Attention):
 
     @property
     def widest_head(self) -> int:
+        return self.head_dim
+
+    @property
+    def trained_head(self) -> int:
         return self.head_dim
 
     @property
@@ -249,6 +260,10 @@ class MultiHeadLatentAttentionConfig(Attention):
 
     @property
     def widest_head(self) -> int:
-        plain = max(self.qk_nope_head_dim + self.qk_rope_head_dim, self.v_head_dim)
         # Absorbed, the latent with its shared key is one head.
-        return max(plain, self.cached_per_token) if self.decode == "absorbed" else plain
+        absorbed = self.cached_per_token if self.decode == "absorbed" else 0
+        return max(self.trained_head, absorbed)
+
+    @property
+    def trained_head(self) -> int:
+        return max(self.query_width, self.v_head_dim)

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.nn import functional
 
 Made = TypeVar("Made")
+
+
+class PackedDocuments(NamedTuple):
+    """Where each document begins if all sequences are one row: C + 1 places, int32, ascending.
+
+    The last ones are the number of tokens: the end of the last document, and empty documents.
+
+    Attributes:
+        queries_C: first query of each document.
+        keys_C: first key of each document.
+    """
+
+    queries_C: torch.Tensor
+    keys_C: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -21,11 +36,14 @@ class AttentionMask:
     Attributes:
         offset: number of keys before the first query (tokens already in the cache).
         document_ids_BS: the document of each token [B, offset + S], those in the cache included.
-            Padding is a document of its own.
+            Padding is a document of its own. A document's tokens are neighbours.
+        max_documents: at least the number of documents in all sequences together; that of their
+            tokens by default. Known on the host, so that nobody waits for a device to count them.
     """
 
     offset: int = 0
     document_ids_BS: torch.Tensor | None = None
+    max_documents: int | None = None
     # A cache; the mask itself does not change.
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -51,6 +69,28 @@ class AttentionMask:
         """How many tokens a key is before a query, [num_queries, num_keys] int64; < 0 if later."""
         queries = torch.arange(self.offset, self.offset + num_queries, device=device)
         return queries[:, None] - torch.arange(num_keys, device=device)[None, :]
+
+    def packed(self, num_queries: int) -> PackedDocuments:
+        """The documents as kernels for sequences of any length take them.
+
+        The last ``num_queries`` tokens of each sequence are queries, so a document's queries are
+        its last tokens. The host does not wait for the device.
+        """
+
+        def make() -> PackedDocuments:
+            ids_BU = self.document_ids_BS
+            assert ids_BU is not None
+            num_keys = ids_BU.shape[1]
+            most = ids_BU.numel() if self.max_documents is None else self.max_documents
+            begins_BU = functional.pad(ids_BU[:, 1:] != ids_BU[:, :-1], (1, 0), value=True)
+            number_T = begins_BU.flatten().cumsum(0) - 1
+            keys_C = torch.searchsorted(number_T, torch.arange(most + 1, device=ids_BU.device))
+            queries_C = keys_C // num_keys * num_queries + (keys_C % num_keys - self.offset).clamp(
+                min=0
+            )
+            return PackedDocuments(queries_C.int(), keys_C.int())
+
+        return self.once(("packed", num_queries), make)
 
     def dense(
         self, num_queries: int, num_keys: int, device: torch.device, window: int | None = None

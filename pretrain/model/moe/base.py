@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -29,20 +29,45 @@ class RouterStatistics(NamedTuple):
 
 @dataclass
 class RoutingRecord:
-    """The routing decision of one layer and micro batch, kept for activation checkpointing.
+    """The routing of one layer and micro batch, kept for activation checkpointing.
 
     The first forward pass writes the chosen experts here; the recomputation in the backward pass
     reads them. So a recomputed block routes exactly as it did, even if a rounding difference would
-    flip a close top-k.
+    flip a close top-k, and ranks do not exchange their counts a second time.
 
     Attributes:
         topk_ids_TK: the chosen experts.
         plan: what the layer's exchange between ranks has found out about them, so that the
             recomputation asks neither the other ranks nor the device again.
+        keeps_rows: whether rows that ranks exchange are kept too (selective recomputation).
     """
 
     topk_ids_TK: torch.Tensor | None = None
     plan: Any = None
+    keeps_rows: bool = False
+    _rows: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def keep(self, name: str, rows: torch.Tensor) -> None:
+        """Keep what an exchange has brought for the recomputation, if that is asked for.
+
+        Args:
+            name: of the exchange in its layer.
+        """
+        if self.keeps_rows:
+            self._rows[name] = rows.detach().requires_grad_(rows.requires_grad)
+
+    def kept(self, name: str) -> torch.Tensor | None:
+        """In a recomputation what :meth:`keep` has kept, once: memory is free again after it."""
+        return self._rows.pop(name, None)
+
+    def exchanged(self, name: str, exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The rows that ``exchange`` returns; in a recomputation those of the first pass, if kept."""
+        kept = self.kept(name)
+        if kept is not None:
+            return kept
+        rows = exchange()
+        self.keep(name, rows)
+        return rows
 
 
 # Fills a tensor in place with the random values of the stream that a name seeds.

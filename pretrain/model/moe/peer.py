@@ -150,7 +150,7 @@ class PEER(MoELayer, nn.Module):
         y_TD = (
             self._local(x_TD.float(), retrieval)
             if self.ep_size == 1
-            else self._exchanged(x_TD.float(), retrieval)
+            else self._exchanged(x_TD.float(), retrieval, record or RoutingRecord())
         )
         y_TD = y_TD.to(x_BSD.dtype)
         if self.shared is not None:
@@ -165,14 +165,18 @@ class PEER(MoELayer, nn.Module):
             x_TD, Bags(ids_TR.reshape(-1), offsets_T1), retrieval.weights_ThK.reshape(-1)
         )
 
-    def _exchanged(self, x_TD: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
+    def _exchanged(
+        self, x_TD: torch.Tensor, retrieval: Retrieval, record: RoutingRecord
+    ) -> torch.Tensor:
         """The tokens of all ranks of the group through this rank's experts, and the shares back.
 
         G is the number of tokens of the whole group.
         """
-        ids_GR = _gather(retrieval.ids_ThK.flatten(1), self.group)
-        x_GD = _Gather.apply(x_TD, self.group)
-        weights_GR = _Gather.apply(retrieval.weights_ThK.flatten(1), self.group)
+        ids_TR, weights_TR = retrieval.ids_ThK.flatten(1), retrieval.weights_ThK.flatten(1)
+        group = self.group
+        ids_GR = record.exchanged("ids", lambda: _gather(ids_TR, group))
+        x_GD = record.exchanged("tokens", lambda: _Gather.apply(x_TD, group))
+        weights_GR = record.exchanged("weights", lambda: _Gather.apply(weights_TR, group))
         # Global to local ids; those outside of [0, e) belong to other ranks, which compute their
         # share.
         local_GR = ids_GR - self.ep_rank * self.num_local_experts
@@ -181,8 +185,7 @@ class PEER(MoELayer, nn.Module):
         share_GD = self.experts(
             x_GD, Bags(local_GR[is_mine_GR], offsets_G1), weights_GR[is_mine_GR]
         )
-        y_TD: torch.Tensor = _SumAndScatter.apply(share_GD, self.group)
-        return y_TD
+        return record.exchanged("outputs", lambda: _SumAndScatter.apply(share_GD, group))
 
 
 def _gather(local: torch.Tensor, group: distributed.ProcessGroup | None) -> torch.Tensor:

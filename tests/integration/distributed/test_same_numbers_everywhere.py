@@ -26,6 +26,7 @@ from tests.support.training_cases import (
 
 DOCUMENTS = ("data.document_mask=true",)
 RECOMPUTED = ("train.activation_checkpointing=true",)
+SELECTIVE = ("train.activation_checkpointing=selective",)
 GLOBAL = ("model.moe.balance_scope=global_batch",)
 JOINED = ("model.moe.deduplicate=true",)  # a token travels to a rank once
 LOW = {precision: (f"train.precision={precision}",) for precision in ("bf16", "fp16")}
@@ -53,6 +54,8 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 0, 1, overrides=GLOBAL), case("dropless", 0, 1, overrides=DOCUMENTS),
         case("dropless", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, overrides=JOINED),
         case("deepspeed", 0, 1, overrides=RECOMPUTED), case("dropless", 0, 1, **MOVED),
+        case("dropless", 0, 1, overrides=SELECTIVE), case("peer", 0, 1, overrides=SELECTIVE),
+        case("dropless", 0, 1, overrides=SELECTIVE, gathered=True),
         case("deepspeed", 0, 1, **MOVED),
         case("dropless_full", 0, 1, overrides=BIASED),
         case("deepspeed_full", 0, 1, overrides=BIASED),
@@ -86,6 +89,8 @@ SPANNING: dict[int, list[Case]] = {
         case("dropless", 3, 2, overrides=RECOMPUTED),
         case("deepspeed", 1, 2, overrides=RECOMPUTED), case("dropless", 1, 2, overrides=DOCUMENTS),
         case("dropless", 1, 2, overrides=JOINED),
+        case("dropless", 1, 2, overrides=SELECTIVE), case("peer", 1, 2, overrides=SELECTIVE),
+        case("dropless", 3, 2, overrides=SELECTIVE, gathered=True),
         case("dropless_full", 1, 2, overrides=BIASED),
         case("dropless_full", 3, 2, overrides=BIASED),
         case("dropless_full", 0, 1, overrides=BIASED),
@@ -129,6 +134,20 @@ def spanning(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
         )
         for world_size, cases in SPANNING.items()
     }
+
+
+def test_selective_recomputation_changes_no_bit_and_repeats_no_exchange(
+    spanning: dict[int, Results],
+) -> None:
+    results = spanning[2]
+    for kind in ("dropless", "peer"):
+        name = f"{kind}-sgd/zero1/ep2"
+        plain, selective = results[name], results[case(kind, 1, 2, overrides=SELECTIVE)["name"]]
+        assert all(plain[key] == selective[key] for key in ("nll", "loss", "grad_norm")), kind
+        assert plain["collectives"] == selective["collectives"], kind
+    full = results[case("peer", 1, 2, overrides=RECOMPUTED)["name"]]
+    assert full["collectives"]["all_gather_into_tensor"] > 0
+    assert full["collectives"] != plain["collectives"]
 
 
 def test_losses_and_norms_agree_over_ranks_ep_size_and_zero_stage(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from pretrain.config.load import load_recipe
-from pretrain.engine.compile import compile_blocks, compile_experts_and_head
+from pretrain.engine.compile import chosen_form, compile_blocks, compile_experts_and_head
+from pretrain.model.config import Recomputation
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
+from tests.support.tiny_model import RECOMPUTATIONS
 
 MIXED = ["model.layer_pattern={kind: every_nth, n: 2}", "model.intermediate_size=24"]
 
 
-def model_of(recomputed: bool, *overrides: str) -> DecoderLM:
+def model_of(recomputed: Recomputation, *overrides: str) -> DecoderLM:
     model = DecoderLM(
         load_recipe("debug", ["model.vocab_size=128", *MIXED, *overrides]).model,
         activation_checkpointing=recomputed,
@@ -53,7 +58,7 @@ def test_traced_blocks_give_the_eager_numbers_under_the_same_names_and_one_graph
 ):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, eager = model_of(recomputed=True), model_of(recomputed=True)
+    compiled, eager = model_of("full"), model_of("full")
     compile_blocks(compiled, backend="aot_eager")
     assert list(compiled.state_dict()) == list(eager.state_dict())
     assert difference(compiled, eager) <= 1e-5
@@ -66,10 +71,62 @@ def test_traced_blocks_give_the_eager_numbers_under_the_same_names_and_one_graph
     assert difference(compiled, eager) > 1e-5
 
 
+def test_selective_recomputation_of_traced_blocks_gives_the_eager_numbers() -> None:
+    torch._dynamo.reset()
+    compiled, eager = model_of("selective"), model_of("selective")
+    compile_blocks(compiled, backend="aot_eager")
+    assert difference(compiled, eager) <= 1e-5
+    assert difference(compiled, eager, document_mask=True) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "capability", "zero_stage", "expected"),
+    [
+        ("auto", "cpu", None, 1, "none"),
+        ("auto", "cuda", (9, 0), 1, "blocks"),
+        ("auto", "cuda", (7, 0), 2, "blocks"),
+        ("auto", "cuda", (6, 1), 1, "none"),
+        ("auto", "cuda", (9, 0), 3, "none"),
+        ("auto", "xpu", None, 1, "none"),
+        ("none", "cuda", (9, 0), 1, "none"),
+        ("all", "cpu", None, 1, "all"),
+    ],
+)
+def test_auto_compiles_blocks_on_gpus(
+    asked: str,
+    device: str,
+    capability: tuple[int, int] | None,
+    zero_stage: int,
+    expected: str,
+) -> None:
+    assert chosen_form(asked, device, capability, zero_stage) == expected
+
+
+def test_the_default_does_not_bring_the_compiler_on_a_cpu() -> None:
+    recipe = load_recipe("debug")
+    assert recipe.train.compile == "auto"
+    assert chosen_form(recipe.train.compile, "cpu", None, 1) == "none"
+    program = (
+        "import sys, torch\n"
+        "from pretrain.engine.compile import chosen_form, compile_model\n"
+        "from pretrain.engine.build import with_kernel\n"
+        "from pretrain.config.load import load_recipe\n"
+        "from pretrain.model.decoder import DecoderLM\n"
+        "recipe = load_recipe('debug', ['model.vocab_size=64'])\n"
+        "model = DecoderLM(with_kernel(recipe, 'cpu'), activation_checkpointing='none')\n"
+        "compile_model(model, chosen_form('auto', 'cpu', None, 1))\n"
+        "assert 'torch._dynamo' not in sys.modules, 'the compiler'\n"
+        "assert 'torch.nn.attention.varlen' not in sys.modules, 'a kernel of CUDA'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("document_mask", [False, True])
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_generated_code_gives_the_eager_numbers(recomputed: bool, document_mask: bool) -> None:
+@pytest.mark.parametrize("recomputed", RECOMPUTATIONS)
+def test_generated_code_gives_the_eager_numbers(
+    recomputed: Recomputation, document_mask: bool
+) -> None:
     torch._dynamo.reset()
     compiled, eager = model_of(recomputed), model_of(recomputed)
     compile_blocks(compiled)
@@ -99,7 +156,7 @@ def losses_of(model: DecoderLM, steps: int = 4) -> list[float]:
 def test_traced_experts_and_head_give_the_eager_numbers_in_every_step(form: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, eager = (model_of(False, *EXPERTS[form]) for _ in range(2))
+    compiled, eager = (model_of("none", *EXPERTS[form]) for _ in range(2))
     compile_experts_and_head(compiled, backend="aot_eager")
     assert list(compiled.state_dict()) == list(eager.state_dict())
     assert difference(compiled, eager) <= 1e-6
@@ -116,7 +173,7 @@ def test_traced_experts_and_head_give_the_eager_numbers_in_every_step(form: str)
 @pytest.mark.parametrize("form", EXPERTS)
 def test_generated_code_of_experts_and_head_gives_the_eager_numbers(form: str) -> None:
     torch._dynamo.reset()
-    compiled, eager = (model_of(True, *EXPERTS[form]) for _ in range(2))
+    compiled, eager = (model_of("full", *EXPERTS[form]) for _ in range(2))
     compile_blocks(compiled)
     compile_experts_and_head(compiled)
     assert difference(compiled, eager) <= 1e-5

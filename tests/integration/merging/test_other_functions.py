@@ -120,7 +120,7 @@ def test_a_mean_of_models_that_training_alone_tells_apart_says_whose_recipe_it_h
     said = capsys.readouterr().out
     assert (
         f"model.dropout.residual is 0.0 in {plain} and 0.1 in {second}" in said
-        and "model.attention.kernel is sdpa" in said
+        and "model.attention.kernel is auto" in said
     )
     assert layout.read_recipe(tmp_path / "out").model.dropout.residual == 0.1
 

@@ -3,9 +3,9 @@
 A case has "name", "overrides", "zero", "steps", and optionally "changes" (report how every weight
 moved in the first step), "expert_gain" (a factor for the experts' gradients), "starved" (the step
 from which on one expert and half of each query matrix get no gradient), "all_copies" (gradients are
-copied as DeepSpeed alone does it), "zero_optimization" (more of that section of the ds_config) and
-"sabotage" (a deliberate fault that the equality tests must
-notice).
+copied as DeepSpeed alone does it), "zero_optimization" (more of that section of the ds_config),
+"gathered" (at ZeRO 3 also small tensors are gathered for each use) and "sabotage" (a deliberate
+fault that the equality tests must notice).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import distributed
 
 from data_pipeline.loading.batch import Batch
 from pretrain.checkpoint.weights import is_expert
@@ -148,9 +151,37 @@ def describe_changes(
     return described
 
 
+COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+@contextmanager
+def counted_collectives() -> Iterator[Counter[str]]:
+    """How often rows of tokens, counts of them or weights travel between ranks inside the block."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        @functools.wraps(originals[name])
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    originals = {name: getattr(distributed, name) for name in COLLECTIVES}
+    try:
+        for name in COLLECTIVES:
+            setattr(distributed, name, counted(name))
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(distributed, name, original)
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
     zero = {"stage": case["zero"], **case.get("zero_optimization", {})}
+    if case.get("gathered") and case["zero"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0
     spare = (lambda *_: None) if case.get("all_copies") else build.spare_gradient_copies
     with mock.patch.object(build, "spare_gradient_copies", spare):
         engine, _ = make_engine(recipe, case["zero"], {"zero_optimization": zero})
@@ -166,11 +197,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         before = whole_weights(engine) if step == 0 and "changes" in case else None
         balancing = getattr(recipe.model.moe, "bias_balancing", None)
         rate = balancing.update_rate if balancing is not None else 0.0
-        results.append(
-            engine.train_step(
-                synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0, rate
-            )
-        )
+        batches = synthetic_step(recipe, step, topology.rank, topology.world_size)
+        with counted_collectives() as collectives:
+            results.append(engine.train_step(batches, 1.0, rate))
         if before is not None:
             for part in topology.all_gather(describe_changes(before, whole_weights(engine))):
                 changes |= part
@@ -184,6 +213,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "applied": [result.applied for result in results],
         "validation": nll / tokens,
         "changes": changes,
+        "collectives": collectives,
         "balance_bias": [
             bias.tolist()
             for name, bias in engine.model.named_buffers()

@@ -96,7 +96,7 @@ FROM_NULL: dict[str, Any] = {
     "multi_token_prediction": MultiTokenPrediction(),
 }  # fmt: skip
 # Kernels that need a GPU, a package or a compiler; tests of kernels compare them.
-ELSEWHERE = {"flex", "flash", "flash_mla", "triton"}
+ELSEWHERE = {"flex", "varlen", "flash", "flash_mla", "triton"}
 # They change the function without changing these logits: this one is how long a text may be.
 UNSEEN = {"max_position_embeddings"}
 

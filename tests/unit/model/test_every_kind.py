@@ -19,7 +19,7 @@ from pretrain.checkpoint.experts import (
     write_experts,
 )
 from pretrain.core.registry import OneOf
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ModelConfig, Recomputation
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.config import Role
 from tests.support.model_kinds import CASES, FAMILIES, OPTIONS, registered
@@ -74,10 +74,11 @@ def test_the_same_seed_gives_the_same_bits(case: str) -> None:
     assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
 
 
+@pytest.mark.parametrize("form", ["selective", "full"])
 @pytest.mark.parametrize("case", CASES)
-def test_recomputed_blocks_change_no_bit(case: str) -> None:
+def test_recomputed_blocks_change_no_bit(case: str, form: Recomputation) -> None:
     kept, gradients = losses_of(tiny_model(*CASES[case]))
-    recomputed, others = losses_of(tiny_model(*CASES[case], activation_checkpointing=True))
+    recomputed, others = losses_of(tiny_model(*CASES[case], activation_checkpointing=form))
     assert torch.equal(kept, recomputed)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], atol=0, rtol=0, msg=name)

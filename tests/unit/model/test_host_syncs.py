@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from pretrain.model.config import Recomputation
 from tests.support.host_syncs import host_syncs
 from tests.support.model_kinds import CASES
 from tests.support.tiny_model import random_tokens, tiny_config, tiny_model
@@ -20,7 +21,7 @@ MAY_WAIT = {
 }
 
 
-def waits_of(*overrides: str, activation_checkpointing: bool = False) -> list[str]:
+def waits_of(*overrides: str, activation_checkpointing: Recomputation = "none") -> list[str]:
     """What waits in a forward and backward pass over packed documents, as on a GPU."""
     if getattr(tiny_config(*overrides).moe, "kind", "") == "dropless":
         overrides = (*overrides, "model.moe.expert_kernel=grouped_mm")
@@ -41,8 +42,9 @@ def test_no_kind_waits_in_a_forward_and_backward_pass(case: str) -> None:
     assert set(waits_of(*CASES[case])) == may_wait
 
 
-def test_recomputed_activations_do_not_wait_either() -> None:
-    assert waits_of(activation_checkpointing=True) == []
+@pytest.mark.parametrize("recomputed", ["selective", "full"])
+def test_recomputed_activations_do_not_wait_either(recomputed: Recomputation) -> None:
+    assert waits_of(activation_checkpointing=recomputed) == []
 
 
 @pytest.mark.parametrize(

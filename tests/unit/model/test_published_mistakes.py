@@ -105,7 +105,7 @@ def test_h64lm_checkpointed_blocks_are_recomputed(
     output = output_of(
         f"model.layer_pattern.kind={pattern}",
         "model.intermediate_size=32",
-        activation_checkpointing=True,
+        activation_checkpointing="full",
     )
     assert len(calls) == 2
     output.loss.backward()

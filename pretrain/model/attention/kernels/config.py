@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from pretrain.core.registry import Component, kinds_by_name
@@ -21,6 +21,7 @@ class KernelDemands:
 
     Attributes:
         widest_head: elements of the widest head, in training or with a cache.
+        trained_head: elements of the widest head without a cache.
         latents: elements that latent attention caches of a token, and those of the latent alone;
             None for other attention, and for one that never attends to its latents.
     """
@@ -33,6 +34,7 @@ class KernelDemands:
     fp32: bool
     values_of_another_width: bool
     widest_head: int
+    trained_head: int
     latents: tuple[int, int] | None = None
 
 
@@ -40,11 +42,12 @@ class Kernel(Component):
     """A way to compute softmax(q k^T) v; ``implementation`` is an ``AttentionKernel``.
 
     Attributes:
-        package: what has to be installed in addition to torch.
+        package: what has to be installed in addition to torch, or a module of newer ones.
         max_head_dim: elements of the widest head it takes; None for any.
         latents: the only latent attention that it is for, as in :class:`KernelDemands`; None for a
             kernel of any attention.
         capability: compute capability of the only GPUs that it runs on; None for any device.
+        least_capability: that of the oldest GPUs that it runs on; None for any device.
         cache_multiple: tokens that the size of a cache is rounded up to.
 
     The other attributes are the demands of the same name. All default to false: a kernel has to
@@ -55,6 +58,7 @@ class Kernel(Component):
     max_head_dim: ClassVar[int | None] = None
     latents: ClassVar[tuple[int, int] | None] = None
     capability: ClassVar[tuple[int, int] | None] = None
+    least_capability: ClassVar[tuple[int, int] | None] = None
     cache_multiple: ClassVar[int] = 1
     sliding_window: ClassVar[bool] = False
     sinks: ClassVar[bool] = False
@@ -91,7 +95,7 @@ class Reference(Kernel):
     kind: Literal["reference"]
 
 
-# It computes everything, which is why it is the default: masks become explicit if need be.
+# It computes everything, which is why ``auto`` falls back on it: masks become explicit if need be.
 class Sdpa(Kernel):
     """torch's fused scaled_dot_product_attention."""
 
@@ -119,7 +123,7 @@ class Flex(Kernel):
     kind: Literal["flex"]
 
 
-# No fp32, document masks, or values of another width: flash_attn has no arguments for them.
+# No fp32 or values of another width: flash_attn has no arguments for them.
 class Flash(Kernel):
     """The package flash_attn (Dao 2023, FlashAttention-2), in fp16 or bf16."""
 
@@ -128,8 +132,10 @@ class Flash(Kernel):
     sinks: ClassVar[bool] = True
     alibi: ClassVar[bool] = True
     dropout: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
     package: ClassVar[str | None] = "flash_attn"
     max_head_dim: ClassVar[int] = 256
+    least_capability: ClassVar[tuple[int, int] | None] = (8, 0)
     kind: Literal["flash"]
 
     @classmethod
@@ -139,9 +145,12 @@ class Flash(Kernel):
         if demands.sinks:
             with_window = ["sinks_with_a_window"] if demands.sliding_window else []
             with_alibi = ["sinks_with_alibi"] if demands.alibi else []
+            # Each document would need a key of its own for them.
+            with_documents = ["sinks_with_document_masks"] if demands.document_mask else []
             widest = cls.max_head_dim - SINK_WIDTH
             wide = [f"heads_wider_than_{widest}_with_sinks"]
-            missing += with_window + with_alibi + (wide if demands.widest_head > widest else [])
+            missing += with_window + with_alibi + with_documents
+            missing += wide if demands.widest_head > widest else []
         return sorted(missing)
 
 
@@ -158,6 +167,44 @@ class FlashMLA(Kernel):
     capability: ClassVar[tuple[int, int] | None] = (9, 0)
     cache_multiple: ClassVar[int] = 64
     kind: Literal["flash_mla"]
+
+
+# No ALiBi, dropout or sinks: torch's function has no arguments for them, and its logsumexp, from
+# which sinks could follow, passes no gradient on.
+class Varlen(Kernel):
+    """torch's varlen_attn: FlashAttention over packed documents, in fp16 or bf16.
+
+    Without documents, and with a cache, it is sdpa's.
+    """
+
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.varlen:varlen_attention"
+    sliding_window: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
+    values_of_another_width: ClassVar[bool] = True
+    package: ClassVar[str | None] = "torch.nn.attention.varlen"
+    max_head_dim: ClassVar[int] = 256
+    least_capability: ClassVar[tuple[int, int] | None] = (8, 0)
+    kind: Literal["varlen"]
+
+    @classmethod
+    def lacks(cls, demands: KernelDemands) -> list[str]:
+        """Heads of a cache may be wider: sdpa computes them."""
+        return super().lacks(replace(demands, widest_head=demands.trained_head))
+
+
+# A run chooses one of the others; a model that is built alone, such as for evaluation, has sdpa.
+class Auto(Kernel):
+    """The fastest of the others for the device and the recipe; ``sdpa`` on a CPU."""
+
+    implementation: ClassVar[str] = "pretrain.model.attention.kernels.sdpa:sdpa_attention"
+    sliding_window: ClassVar[bool] = True
+    sinks: ClassVar[bool] = True
+    alibi: ClassVar[bool] = True
+    dropout: ClassVar[bool] = True
+    document_mask: ClassVar[bool] = True
+    fp32: ClassVar[bool] = True
+    values_of_another_width: ClassVar[bool] = True
+    kind: Literal["auto"]
 
 
 def kernel_section(name: str) -> type[Kernel]:

@@ -120,6 +120,14 @@ class MoE(Component):
             kept: elements per hidden unit of a feed-forward of this model.
         """
 
+    def kept_products(self, hidden_size: int, products: int) -> int:
+        """Elements per token of what matrix products return: selective recomputation keeps them.
+
+        Args:
+            products: elements per hidden unit of a feed-forward of this model.
+        """
+        return self.kept_activations(hidden_size, products)
+
     def products_per_token(self, name: str) -> int:
         """How many vectors per token the matrix ``name`` is multiplied with."""
         return 1
@@ -294,6 +302,13 @@ class RoutedMoE(MoE):
         return kept * (self.shared_width + residual) + int(
             self.experts_per_token * self.rows_per_choice * per_row
         )
+
+    def kept_products(self, hidden_size: int, products: int) -> int:
+        residual = self.moe_intermediate_size if self.has_residual_expert else 0
+        dense = products * (self.shared_width + residual)
+        dense += hidden_size * ((self.shared_width > 0) + self.has_residual_expert)
+        per_row = products * self.moe_intermediate_size + hidden_size
+        return dense + int(self.experts_per_token * self.rows_per_choice * per_row)
 
     # --- tensors
 

@@ -83,6 +83,12 @@ class PEERConfig(MoE):
         experts = self.experts_per_token * ((kept + 1) * self.moe_intermediate_size + 6)
         return kept * self.shared_width + 2 * hidden_size + scores + experts
 
+    def kept_products(self, hidden_size: int, products: int) -> int:
+        """Queries and scores; products with rows of tables are none of matrices."""
+        scores = self.num_heads * (self.query_dim + sum(self.product_key_sizes))
+        shared = products * self.shared_width + hidden_size * (self.shared_width > 0)
+        return shared + scores
+
     def products_per_token(self, name: str) -> int:
         """Sub-keys are multiplied with the query of each head."""
         return self.num_heads if name.startswith(_KEYS) else 1

@@ -36,7 +36,7 @@ class RowsJourney(Journey):
         if routed.record is not None:
             routed.record.plan = plan
         self._counts_Pe = plan.received_PN
-        self._there = Transfer(sent, received, layer.ep_group).start(rows_RD)
+        self._there = Transfer(sent, received, layer.ep_group, routed.record).start(rows_RD)
 
     def arrive(self) -> tuple[torch.Tensor, torch.Tensor]:
         grouping = group_arrived(self._counts_Pe, sum(self._there.received))

@@ -59,8 +59,9 @@ class DeduplicatedJourney(Journey):
         self._codes = None
         if choices.arrived_C1 is None:
             self._codes = Transfer(sent, received, layer.ep_group).start(choices.codes_C1)
-        self._weights = Transfer(sent, received, layer.ep_group).start(weights_C1)
-        self._rows = Transfer(rows_sent, rows_received, layer.ep_group)
+        group = layer.ep_group
+        self._weights = Transfer(sent, received, group, record, "weights").start(weights_C1)
+        self._rows = Transfer(rows_sent, rows_received, group, record)
         self._rows.start(spread_rows(routed.x_TD, self._here))
 
     def arrive(self) -> tuple[torch.Tensor, torch.Tensor]:

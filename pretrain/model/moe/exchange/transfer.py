@@ -10,6 +10,8 @@ from deepspeed import comm
 from torch import distributed
 from torch.autograd.function import once_differentiable
 
+from pretrain.model.moe.base import RoutingRecord
+
 
 class Counts:
     """Counts of rows that each rank of a group sends to each other one, as numbers on the host.
@@ -53,14 +55,23 @@ class Transfer:
     Args:
         sent: rows to each rank.
         received: rows from each rank.
+        record: may keep the rows for a recomputation, in which none travel then.
+        name: of the transfer in the record.
     """
 
     def __init__(
-        self, sent: Sequence[int], received: Sequence[int], group: distributed.ProcessGroup
+        self,
+        sent: Sequence[int],
+        received: Sequence[int],
+        group: distributed.ProcessGroup,
+        record: RoutingRecord | None = None,
+        name: str = "rows",
     ) -> None:
         self.sent = list(sent)
         self.received = list(received)
         self._group = group
+        self._record = record
+        self._name = name
         self._work: Any = None
         # Both ends of what is under way; the source must live as long.
         self._source: torch.Tensor | None = None
@@ -74,16 +85,24 @@ class Transfer:
 
     def finish(self) -> torch.Tensor:
         """The rows that came here, [R', N], in the order of the ranks they came from."""
+        is_first_pass = self._work is not None
         arrived: torch.Tensor = _Finish.apply(self._target, self)
         self._target = None
+        if self._record is not None and is_first_pass:
+            self._record.keep(self._name, arrived)
         return arrived
 
     def reversed(self) -> Transfer:
         """The way back."""
-        return type(self)(self.received, self.sent, self._group)
+        name = f"{self._name} back"
+        return type(self)(self.received, self.sent, self._group, self._record, name)
 
     def launch(self, rows_RN: torch.Tensor, *, backward: bool) -> torch.Tensor:
         """Start the communication, and return the tensor that it fills."""
+        if not backward and self._record is not None:
+            kept = self._record.kept(self._name)
+            if kept is not None:
+                return kept.detach()
         sent, received = (self.received, self.sent) if backward else (self.sent, self.received)
         self._source = rows_RN.contiguous()
         target = rows_RN.new_empty(sum(received), rows_RN.shape[1])
@@ -99,7 +118,8 @@ class Transfer:
 
     def wait(self) -> None:
         """Wait for the communication: on a GPU its stream does, not the host."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         self._work = self._source = None
 
 

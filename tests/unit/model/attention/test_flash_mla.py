@@ -87,7 +87,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     module.get_mla_metadata = fake.get_mla_metadata  # type: ignore[attr-defined]
     module.flash_mla_with_kvcache = fake.flash_mla_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_mla", module)
-    monkeypatch.setattr(base, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(base, "gpu_capability", lambda: (9, 0))
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     yield fake
     sys.modules.pop(MODULE, None)
@@ -179,7 +179,7 @@ def test_without_package_or_hopper_it_is_refused_in_a_sentence(
         ((8, 0), r"needs a GPU of compute capability 9\.0, but this one has 8\.0: use --set"),
         ((9, 0), r"needs the package flash_mla, which is not installed: use --set"),
     ):
-        monkeypatch.setattr(base, "_capability", lambda found=capability: found)
+        monkeypatch.setattr(base, "gpu_capability", lambda found=capability: found)
         with pytest.raises(ConfigError, match=told):
             attention_kernel("flash_mla", torch.device("cpu"))
     # A plan for another machine asks its GPU alone.

@@ -8,7 +8,6 @@ import importlib
 import itertools
 import math
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from pretrain.config.load import load_recipe
 from pretrain.core.errors import ConfigError
+from pretrain.model.attention.kernels import base
 from pretrain.model.attention.kernels.base import AttentionKernel, attention_kernel
 from pretrain.model.attention.kernels.flex import flex_attention
 from pretrain.model.attention.kernels.reference import reference_attention
@@ -27,6 +27,7 @@ from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.sizes import model_size
+from tests.support.flash_stand_ins import flash_package
 from tests.support.tiny_model import random_tensor, tiny_config
 
 B, M, S, H = 2, 2, 7, 8
@@ -360,8 +361,13 @@ def test_flex_names_another_kernel_where_torch_has_no_backward_pass() -> None:
         )
 
 
-def test_flash_without_its_package_is_refused_when_the_model_is_built() -> None:
+def test_flash_without_its_package_is_refused_when_the_model_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = tiny_config("model.attention.kernel=flash", "train.precision=bf16")
+    with pytest.raises(ConfigError, match=r"kernel=flash needs a GPU .*, but there is no GPU"):
+        DecoderLM(config)
+    monkeypatch.setattr(base, "gpu_capability", lambda: (9, 0))
     with pytest.raises(
         ConfigError, match=r"model.attention.kernel=flash needs the package flash_attn.*kernel=sdpa"
     ):
@@ -379,42 +385,13 @@ def test_fp32_is_refused_to_flash() -> None:
         )
 
 
-def flash_attn_func(
-    q_BSNH: torch.Tensor,
-    k_BUMH: torch.Tensor,
-    v_BUMH: torch.Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    alibi_slopes: torch.Tensor | None,
-) -> torch.Tensor:
-    """The package's documented function in plain arithmetic: the last query sees the last key."""
-    size, groups = q_BSNH.shape[3], q_BSNH.shape[2] // k_BUMH.shape[2]
-    assert causal and dropout_p == 0 and size % 8 == 0 and v_BUMH.shape[3] == size <= 256
-    q, k, v = (x.transpose(1, 2) for x in (q_BSNH, k_BUMH, v_BUMH))
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    queries, keys = torch.arange(q.shape[2]), torch.arange(k.shape[2])
-    distance = (queries + k.shape[2] - q.shape[2])[:, None] - keys
-    logits = q @ k.transpose(-2, -1) * softmax_scale
-    if alibi_slopes is not None:
-        logits = logits - alibi_slopes[:, None, None] * distance.abs()
-    hidden = distance < 0
-    if window_size[0] >= 0:
-        hidden = hidden | (distance > window_size[0])
-    weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-    return (weights @ v).transpose(1, 2)
-
-
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> AttentionKernel:
     """Our kernel around the package's function, whose CUDA form no machine of these tests has."""
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_package())
     monkeypatch.delitem(sys.modules, "pretrain.model.attention.kernels.flash", raising=False)
     module = importlib.import_module("pretrain.model.attention.kernels.flash")
-    monkeypatch.setattr(module, "_check_place", lambda q: None)
+    monkeypatch.setattr(module, "check_place", lambda kernel, q: None)
     monkeypatch.delitem(sys.modules, "pretrain.model.attention.kernels.flash")
     return module.flash_attention  # type: ignore[no-any-return]
 
@@ -439,6 +416,7 @@ def test_flash_with_sinks_equals_the_definition_with_gradients(
         (("model.attention.sliding_window=4",), "sinks_with_a_window"),
         (("model.position={kind: alibi}",), "sinks_with_alibi"),
         (("model.attention.head_dim=256",), "heads_wider_than_248_with_sinks"),
+        (("data.document_mask=true",), "sinks_with_document_masks"),
     ],
 )
 def test_flash_refuses_what_its_sinks_cannot_be_combined_with(
@@ -464,7 +442,8 @@ def test_project_828_s_attention_with_sinks_takes_torch_s_fused_kernel_without_a
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     model = DecoderLM(load_recipe("p828_60m_mini", ["model.vocab_size=64"]).model)
-    assert model.config.attention.sinks and model.config.attention.kernel == "sdpa"
+    assert model.config.attention.sinks
+    assert all(block.attention.kernel is sdpa_attention for block in model.layers)
     model.logits(torch.zeros(1, 16, dtype=torch.int64))
     # 1 is flash attention; 0 would be the plain form with every score in memory.
     assert chosen == [int(torch.nn.attention.SDPBackend.FLASH_ATTENTION)] * 2

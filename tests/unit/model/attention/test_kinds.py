@@ -13,6 +13,7 @@ from pretrain.model.attention.gqa import GroupedQueryAttention
 from pretrain.model.attention.kernels import sdpa
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
+from pretrain.model.config import Recomputation
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.positions.interface import PositionTerms
 from tests.support.tiny_model import random_tensor, random_tokens, tiny_model
@@ -42,7 +43,7 @@ FULL = [name for name in ATTENTION if "window" not in name]
 
 
 def build(
-    attention: str, position: str, *overrides: str, activation_checkpointing: bool = False
+    attention: str, position: str, *overrides: str, activation_checkpointing: Recomputation = "none"
 ) -> DecoderLM:
     """A dense model whose biases and sinks are not zero, so that they show."""
     section = {"num_attention_heads": str(N), "num_key_value_heads": "2", "head_dim": "8"}
@@ -307,7 +308,7 @@ def test_training_through_sdpa_equals_training_through_the_definition(
 ) -> None:
     expected = loss_and_gradients(build(attention, position, "model.attention.kernel=reference"))
     found = loss_and_gradients(build(attention, position))
-    recomputed = loss_and_gradients(build(attention, position, activation_checkpointing=True))
+    recomputed = loss_and_gradients(build(attention, position, activation_checkpointing="full"))
     assert found.keys() == expected.keys() == recomputed.keys() and len(expected) > 20
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3, msg=name)
