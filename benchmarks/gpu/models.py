@@ -17,7 +17,7 @@ WIDE = (
     "model.attention={kind: gqa, num_attention_heads: 16, num_key_value_heads: 4, head_dim: 128,"
     " qk_norm: head}",
 )
-# Name -> settings of the recipe moe_1b: 8 experts with 2 a token (Mixtral), 64 with 6 (DeepSeekMoE).
+# Name -> settings of moe_1b: 8 experts with 2 a token (Mixtral), 64 with 6 (DeepSeekMoE).
 MODELS: dict[str, tuple[str, ...]] = {
     "moe_1b": (),
     "coarse": (
