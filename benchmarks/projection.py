@@ -32,6 +32,7 @@ from rich.table import Table
 from pretrain.core.accelerators import accelerator
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import run_command
+from pretrain.model.attention.config import GroupedQueryAttentionConfig
 from pretrain.model.config import ModelConfig
 from pretrain.model.sizes import model_size
 
@@ -158,6 +159,7 @@ def dense_layer(config: ModelConfig, tokens: int, fused: bool) -> list[Operation
 def attention_half(config: ModelConfig, tokens: int, fused: bool) -> list[Operation]:
     """Both norms of a block, and attention with its residual connection."""
     attention = config.attention
+    assert isinstance(attention, GroupedQueryAttentionConfig)
     hidden, head = config.hidden_size, attention.head_dim
     queries, keys = attention.num_attention_heads * head, attention.num_key_value_heads * head
     t, rotated = tokens * hidden, tokens * (queries + keys)

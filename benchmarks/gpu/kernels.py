@@ -18,6 +18,7 @@ from gpu.models import recipe_of
 from gpu.timing import Bench, timed
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
+from pretrain.model.attention.config import GroupedQueryAttentionConfig
 from pretrain.model.config import ModelConfig
 from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.kernels.selection import Mode, set_fused_kernels
@@ -133,6 +134,7 @@ def _norm(sizes: Sizes) -> Case:
 
 def _rotation(sizes: Sizes) -> Case:
     attention = sizes.config.attention
+    assert isinstance(attention, GroupedQueryAttentionConfig)
     length, head = min(sizes.tokens, 4096), attention.head_dim
     batch = sizes.tokens // length
     q_BNSH = sizes.draw(batch, attention.num_attention_heads, length, head)
