@@ -10,8 +10,8 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinit
 REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
 
-.PHONY: help requirements install quickstart lint test-unit test test-full
-.PHONY: bench benchmark bench-data bench-peer bench-training soak clean
+.PHONY: help requirements install quickstart lint test-unit test test-full test-gpu
+.PHONY: bench bench-quick bench-growth benchmark bench-data bench-peer bench-training soak clean
 
 help:
 	@echo "make quickstart      corpus, shards, pretraining, evaluation, export, text; 9 to 15 minutes on 2 cores"
@@ -19,7 +19,10 @@ help:
 	@echo "make test-unit       tests of one process, minutes on 2 cores"
 	@echo "make test            lint, then the tests of one process and of real runs, about half an hour on 2 cores"
 	@echo "make test-full       lint, then all tests with the long matrices, hours"
+	@echo "make test-gpu        the tests that need a CUDA device, in one process"
 	@echo "make bench           steps, layers, texts and the start against DeepSpeed's, transformers' and plain PyTorch, hours"
+	@echo "make bench-quick     one round of a few of them against the stored ratios; it reports and never fails"
+	@echo "make bench-growth    a step's time and memory against experts, tokens, ... and ranks, 10 minutes on 2 cores"
 	@echo "make benchmark       tokens/s of two ranks against one plain process, paired"
 	@echo "make bench-data      data pipeline and loader against Megatron's, with the cost of each stage"
 	@echo "make bench-peer      PEER's table products; PEER against dense and dropless layers; MLA against GQA"
@@ -69,8 +72,19 @@ test: lint
 test-full: lint
 	$(PYTEST) $(BY_FILE)
 
+test-gpu: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m gpu tests
+
 bench: install
 	$(BIN)/python benchmarks/against_peers.py --json benchmarks/results/against_peers.json
+
+# What others of a shared machine do moves these ratios: they are for a reader, no reason to fail.
+bench-quick: install
+	-$(BIN)/python benchmarks/against_peers.py --quick --only "head, 32,768 tokens" "text, batch 8"
+
+bench-growth: install
+	$(BIN)/python benchmarks/cost_growth.py --json benchmarks/results/cost_growth.json \
+		--plot benchmarks/results/cost_growth.png
 
 benchmark: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/two_ranks_against_plain.py

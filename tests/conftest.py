@@ -54,6 +54,20 @@ quiet_libraries()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files first, all others in the order in which they are found."""
+    """Put the tests of the longest files first, all others in the order in which they are found.
+
+    Tests of a GPU are skipped where there is none.
+    """
     places = {TESTS / name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
+def _has_gpu() -> bool:
+    # Imported for tests of a GPU alone: it takes seconds.
+    import torch
+
+    return torch.cuda.is_available()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from peers.measure import Measured, seconds_of_flops, timed
 from peers.models import recipe_of, transformers_model
 from pretrain.engine.cpu_tuning import tune_for_training
+from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 from pretrain.model.block import Block
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
@@ -53,15 +54,19 @@ def layer_side(shape: Shape, kind: str) -> Callable[[], Measured]:
 
     def side() -> Measured:
         torch.manual_seed(0)
-        dtype = getattr(torch, shape.precision)
-        config = recipe_of(*shape.overrides("dropless" if kind == "transformers" else kind))
-        if kind == "transformers":
-            layer = transformers_model(config, dtype).model.layers[0].mlp
-        else:
-            layer = _our_layer(config.model, dtype)
-        return _forward_and_backward(layer, shape)
+        return _forward_and_backward(build_layer(shape, kind), shape)
 
     return side
+
+
+def build_layer(shape: Shape, kind: str) -> nn.Module:
+    """The MoE layer ``dropless``, ``deepspeed`` or ``transformers``, on the CPU."""
+    dtype = getattr(torch, shape.precision)
+    config = recipe_of(*shape.overrides("dropless" if kind == "transformers" else kind))
+    if kind == "transformers":
+        layer: nn.Module = transformers_model(config, dtype).model.layers[0].mlp
+        return layer
+    return _our_layer(config.model, dtype)
 
 
 def _our_layer(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -74,32 +79,38 @@ def _our_layer(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     if config.moe is not None and config.moe.kind == "deepspeed":
         import deepspeed
 
+        avoid_shared_memory_all_reduce()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29617")
-        deepspeed.init_distributed("gloo")
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
         layer.set_deepspeed_parallelism()
     return layer
+
+
+class Dense(nn.Module):
+    """A SwiGLU of the active FLOPs of a shape, in plain PyTorch."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = shape.width * shape.top_k
+        self.up = nn.Linear(shape.hidden, width, bias=False)
+        self.gate = nn.Linear(shape.hidden, width, bias=False)
+        self.down = nn.Linear(width, shape.hidden, bias=False)
+        self.to(getattr(torch, shape.precision))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        y: torch.Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        return y
 
 
 def dense_side(shape: Shape) -> Callable[[], Measured]:
     """A side that measures a dense SwiGLU of the same active FLOPs."""
 
-    class Dense(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            width = shape.width * shape.top_k
-            self.up = nn.Linear(shape.hidden, width, bias=False)
-            self.gate = nn.Linear(shape.hidden, width, bias=False)
-            self.down = nn.Linear(width, shape.hidden, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
-            return y
-
     def side() -> Measured:
         torch.manual_seed(0)
         tune_for_training()
-        return _forward_and_backward(Dense().to(getattr(torch, shape.precision)), shape)
+        return _forward_and_backward(Dense(shape), shape)
 
     return side
 

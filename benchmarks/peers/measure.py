@@ -73,3 +73,15 @@ def seconds_of_flops(flops: float, dtype_name: str) -> float:
         timed(lambda: torch.mm(a, b, out=out), warm_up=1, repeats=2).cpu_seconds for _ in range(4)
     )
     return flops / (2 * 1024 * 2048 * 2048) * best
+
+
+def seconds_of_bytes(count: float) -> float:
+    """CPU seconds of so many bytes, read or written, at the rate of a copy of 256 MB."""
+    import torch
+
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    best = min(
+        timed(lambda: target.copy_(source), warm_up=1, repeats=2).cpu_seconds for _ in range(4)
+    )
+    return count / (2 * source.nbytes) * best

@@ -29,18 +29,19 @@ def recipe_of(*overrides: str) -> Recipe:
     )
 
 
-def token_batches() -> Iterator[list[torch.Tensor]]:
+def token_batches(recipe: Recipe, micro_batches: int) -> Iterator[list[torch.Tensor]]:
     """The micro batches of one step after the other, [B, S + 1] int64 each.
 
     Skewed as words are, and new in every step: experts get unequal and new numbers of rows.
     """
     generator = torch.Generator().manual_seed(1)
+    train = recipe.train
+    shape = train.micro_batch_size, train.sequence_length + 1
+    largest = (recipe.model.vocab_size or 0) - 1
     while True:
         yield [
-            (torch.randn(MICRO_BATCH, LENGTH + 1, generator=generator).abs() * 900)
-            .long()
-            .clamp(max=VOCABULARY - 1)
-            for _ in range(MICRO_BATCHES)
+            (torch.randn(shape, generator=generator).abs() * 900).long().clamp(max=largest)
+            for _ in range(micro_batches)
         ]
 
 

@@ -14,7 +14,6 @@ from peers.models import (
     LENGTH,
     MICRO_BATCH,
     MICRO_BATCHES,
-    VOCABULARY,
     recipe_of,
     token_batches,
     transformers_loss,
@@ -28,16 +27,19 @@ Step = Callable[[list[torch.Tensor]], object]
 
 
 def our_step(recipe: Recipe) -> Step:
-    """This project's engine at ZeRO 1."""
+    """This project's engine at ZeRO 1, on as many ranks as this process was started with."""
     from data_pipeline.loading.batch import Batch
+    from pretrain.config.rules.sections import check_topology
     from pretrain.engine.ds_config import resolve_ds_config
     from pretrain.engine.engine import Engine
     from pretrain.engine.topology import connect
 
     precision = recipe.train.precision
+    topology = connect(recipe.parallel.ep_size)
+    accumulation = check_topology(recipe, topology.world_size, 1)
     zero = {"zero_optimization": {"stage": 1}}
-    ds_config = resolve_ds_config(zero, "-", recipe, precision, MICRO_BATCHES, 1)
-    engine = Engine(recipe, ds_config, precision, connect(1))
+    ds_config = resolve_ds_config(zero, "-", recipe, precision, accumulation, topology.world_size)
+    engine = Engine(recipe, ds_config, precision, topology)
 
     def step(micro_batches: list[torch.Tensor]) -> None:
         batches = [
@@ -128,13 +130,21 @@ def plain_step(recipe: Recipe) -> Step:
     return step
 
 
-def step_side(prepare: Callable[[Recipe], Step], *overrides: str) -> Callable[[], Measured]:
-    """A side that measures the steps of one way to train."""
+def step_side(
+    prepare: Callable[[Recipe], Step],
+    *overrides: str,
+    ranks: int = 1,
+    warm_up: int = WARM_UP,
+    steps: int = STEPS,
+) -> Callable[[], Measured]:
+    """A side that measures the steps of one way to train, or this rank's part of them."""
 
     def side() -> Measured:
         torch.manual_seed(0)
         recipe = recipe_of(*overrides)
-        step, batches = prepare(recipe), token_batches()
+        train = recipe.train
+        micro_batches = train.global_batch_size // (train.micro_batch_size * ranks)
+        step, batches = prepare(recipe), token_batches(recipe, micro_batches)
         current: list[Any] = []
 
         def load() -> None:
@@ -142,8 +152,8 @@ def step_side(prepare: Callable[[Recipe], Step], *overrides: str) -> Callable[[]
 
         return timed(
             lambda: step(current[0]),
-            warm_up=WARM_UP,
-            repeats=STEPS,
+            warm_up=warm_up,
+            repeats=steps,
             prepare=load,
             floor_seconds=floor_of(recipe),
         )
@@ -152,14 +162,13 @@ def step_side(prepare: Callable[[Recipe], Step], *overrides: str) -> Callable[[]
 
 
 def floor_of(recipe: Recipe) -> float:
-    """CPU seconds of the products of a step."""
+    """CPU seconds of the products of a step, of all ranks."""
     from pretrain.model.sizes import model_size
 
-    per_token = model_size(recipe.model, LENGTH).flops_per_token
-    tokens = MICRO_BATCH * MICRO_BATCHES * LENGTH
-    assert recipe.model.vocab_size == VOCABULARY
+    per_token = model_size(recipe.model, recipe.train.sequence_length).flops_per_token
     return seconds_of_flops(
-        per_token * tokens, str(DTYPES[recipe.train.precision]).removeprefix("torch.")
+        per_token * recipe.train.tokens_per_step,
+        str(DTYPES[recipe.train.precision]).removeprefix("torch."),
     )
 
 
@@ -168,7 +177,7 @@ def start_side(prepare: Callable[[Recipe], Step]) -> Callable[[], Measured]:
 
     def side() -> Measured:
         recipe = recipe_of("train.precision=bf16")
-        prepare(recipe)(next(token_batches()))
+        prepare(recipe)(next(token_batches(recipe, MICRO_BATCHES)))
         return since_the_start()
 
     return side

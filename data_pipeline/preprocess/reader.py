@@ -75,7 +75,7 @@ class Reader:
 
     Attributes:
         checksum: over every document that was read, its text's digest and the name that decides its
-            side if its text does not, in order.
+            side if its text does not, in order; complete once there is a record.
         lowest, highest: places of the documents whose side a hash decides.
         record_number: of the record that was read last, from 0 in the unit.
 
@@ -113,12 +113,14 @@ class Reader:
         self.fixed_place = {"train": 1.0, "validation": -1.0}.get(self.section.split)
         self.counters = Counters()
         self.checksum = hashlib.sha256()
+        self._unhashed = bytearray()
         self.documents = 0
         self.hashed = 0
         self._bad_bytes = self._bad_without_size = 0
         self._bad_examples: dict[str, str] = {}
-        self.lowest: float | None = None
-        self.highest: float | None = None
+        # Beyond every place, until a hash has decided.
+        self.lowest = 2.0
+        self.highest = -1.0
 
     def documents_with_split(self) -> Iterator[tuple[Document, int, float]]:
         """Yield each clean document, the digest of its text, and its place in [0, 1) for the split.
@@ -126,9 +128,15 @@ class Reader:
         A document of a fixed split is at an end of the range.
         """
         counters = self.counters
-        checksum = self.checksum
+        unhashed = self._unhashed
         cleaner = self.cleaner
         fixed_place = self.fixed_place
+        source, unit = self.source, self.unit
+        # A call for each of many short records costs more than its work: the usual case is known
+        # before the loop, and checksums are taken of many digests at once.
+        by_text = fixed_place is not None or (
+            type(source).split_name is Source.split_name and source.context.split_by == "content"
+        )
         tally = current_tally()
         documents = 0
         characters = 0
@@ -139,18 +147,17 @@ class Reader:
             if documents == TALLIED_DOCUMENTS or characters >= TALLIED_CHARACTERS:
                 tally.add(documents, characters)
                 documents = characters = 0
+                self._hash()
             if isinstance(result, LeftOut):
                 self._leave_out(result)
                 continue
             documents = documents + 1
             characters = characters + len(result.text)
             digest = text_digest(result.text)
-            name = self.source.split_name(result, self.unit) if fixed_place is None else None
-            checksum.update(
-                # The NUL ends the name, which cannot hold one.
-                digest.to_bytes(16, "little")
-                + (b"\0" if name is None else name.encode("utf-8") + b"\0")
-            )
+            name = None if by_text else source.split_name(result, unit)
+            # The NUL ends the name, which cannot hold one.
+            unhashed += digest.to_bytes(16, "little")
+            unhashed += b"\0" if name is None else name.encode("utf-8") + b"\0"
             if cleaner is not None:
                 try:
                     cleaned = cleaner.clean(result.text)
@@ -166,9 +173,15 @@ class Reader:
                     result = result._replace(text=cleaned.text)
                     digest = text_digest(cleaned.text)
             # Texts that cleaning makes equal are on one side.
-            place = position(digest, name) if fixed_place is None else fixed_place
             if fixed_place is None:
-                self._note(place)
+                place = position(digest, name)
+                self.hashed += 1
+                if place < self.lowest:
+                    self.lowest = place
+                if place > self.highest:
+                    self.highest = place
+            else:
+                place = fixed_place
             yield result, digest, place
             self.documents += 1
         tally.add(documents, characters)
@@ -196,10 +209,9 @@ class Reader:
             error.add_note(f"in {self.unit.files[0]} of the source '{self.unit.source}'")
             raise
 
-    def _note(self, place: float) -> None:
-        self.hashed += 1
-        self.lowest = place if self.lowest is None else min(self.lowest, place)
-        self.highest = place if self.highest is None else max(self.highest, place)
+    def _hash(self) -> None:
+        self.checksum.update(self._unhashed)
+        self._unhashed.clear()
 
     def _leave_out(self, record: LeftOut) -> None:
         # What a source leaves out on purpose does not count against max_bad_share.
@@ -249,6 +261,7 @@ class Reader:
     def record(self) -> UnitRecord:
         """Return the counts of this unit, without what is only known of an encoded one."""
         counters = self.counters
+        self._hash()
         # Of all records up to the last one: parts of a unit, and a reader that began in its middle,
         # see fewer.
         of_average_size = self._bad_without_size * self.unit.size // (self.record_number + 1)
@@ -260,8 +273,8 @@ class Reader:
             documents=self.documents,
             hashed=self.hashed,
             checksum=self.checksum.hexdigest(),
-            lowest=self.lowest,
-            highest=self.highest,
+            lowest=self.lowest if self.hashed else None,
+            highest=self.highest if self.hashed else None,
             bad=dict(counters.bad),
             left_out=dict(counters.left_out),
             dropped=dict(counters.dropped),

@@ -13,6 +13,7 @@ import orjson
 
 from data_pipeline.cleaning.config import Cleaning
 from data_pipeline.cleaning.near_duplicates import minhash_bands_batch, num_bands
+from data_pipeline.preprocess.batch import Batch
 from data_pipeline.preprocess.reader import Reader, Task
 from data_pipeline.preprocess.unit_record import SplitCounts, UnitRecord
 from data_pipeline.preprocess.workspace import RECORD, attempt, no_space_is_told
@@ -23,6 +24,7 @@ from data_pipeline.tokenizer.config import TokenPolicy
 from data_pipeline.tokenizer.engine_choice import CheckedEncoder, choose_engine
 from data_pipeline.tokenizer.engines import EngineUnavailableError
 from data_pipeline.tokenizer.fill_in_the_middle import open_transform
+from data_pipeline.tokenizer.patterns import PIECE_CHARACTERS
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from pretrain.core import faults
 from pretrain.core.errors import ConfigError, DataError
@@ -91,18 +93,16 @@ def encode_unit(job: Job) -> UnitRecord:
         report = stack.enter_context((folder / LEFT_OUT).open("w", encoding="utf-8"))
         reader = Reader(task, number, unit, report)
         part = stack.enter_context(PartWriter(task, folder, unit.source))
-        assign = task.split.assign
+        split = task.split
         wanted = task.held_out_only
         for document, digest, where in reader.documents_with_split():
-            for split, text in assign(document.text, where):
-                if split == "validation" or wanted is None:
-                    # The two parts of a text that is cut are no duplicates of each other.
-                    part.add(
-                        document.id,
-                        text,
-                        text_digest(text) if task.split.cut else digest,
-                        SPLITS.index(split),
-                    )
+            if split.cut:
+                for side, text in enumerate(split.parts(document.text)):
+                    # The two parts are no duplicates of each other.
+                    if side or wanted is None:
+                        part.add(document.id, text, text_digest(text), side)
+            elif (side := split.side(where)) or wanted is None:
+                part.add(document.id, document.text, digest, side)
             # Of a stream only the held-out documents are written, and no more of them than asked
             # for.
             if wanted is not None and part.documents[1] >= wanted:
@@ -187,17 +187,17 @@ class PartWriter:
         )
         self.documents = [0, 0]
         self.text_bytes = [0, 0]
-        self._before: list[str | int] = (
+        self._before = (
             [self.tokenizer.bos_id]
             if self.tokenizer.prepend_bos and self.tokenizer.bos_id is not None
             else []
         )
-        self._after: list[str | int] = (
+        self._after = (
             [self.tokenizer.eod_id]
             if self.tokenizer.append_eod and self.tokenizer.eod_id is not None
             else []
         )
-        self._batch, self._bytes = Batch(), 0
+        self._batch, self._bytes = self._new_batch(), 0
         self._stack = ExitStack()
 
     def __enter__(self) -> PartWriter:
@@ -225,24 +225,34 @@ class PartWriter:
         self.text_bytes[side] += size
         if self.keys is not None:
             self.keys.add(name, text, digest, side, size)
-        segments: list[str | int] = self._before.copy()
+        batch = self._batch
+        if self.transform is None and size <= PIECE_CHARACTERS:
+            batch.add(name, digest, side, text)
+        else:
+            batch.add(name, digest, side, self._segments(text, digest, side))
+        self._bytes += size
+        if self._bytes >= BATCH_BYTES or len(batch.sides) >= BATCH_DOCUMENTS:
+            self.flush()
+
+    def _segments(self, text: str, digest: int, side: int) -> list[str | int]:
+        """A document in pieces, with what its transform puts between them."""
         parts = (
             self.transform.split(text, digest, 0)
             if self.transform is not None and side == 0
             else None
         )
+        segments: list[str | int] = []
         for part in parts or (text,):
             segments += [part] if isinstance(part, int) else self.tokenizer.pieces(part)
-        segments += self._after
-        self._batch.add(name, digest, side, segments)
-        self._bytes += size
-        if self._bytes >= BATCH_BYTES or len(self._batch.sides) >= BATCH_DOCUMENTS:
-            self.flush()
+        return segments
+
+    def _new_batch(self) -> Batch:
+        return Batch(self._before, self._after)
 
     def flush(self) -> None:
         """Encodes the batch and appends it to the parts."""
         batch = self._batch
-        self._batch = Batch()
+        self._batch = self._new_batch()
         self._bytes = 0
         if not batch.sides:
             return
@@ -269,69 +279,6 @@ class PartWriter:
             f"{split}.bin": part.bin_checksum for split, part in zip(SPLITS, written, strict=True)
         }
         return counts, checksums
-
-
-class Batch:
-    """Documents on their way to the engine, as segments.
-
-    A segment is a text, or a literal token id around or between texts.
-    """
-
-    def __init__(self) -> None:
-        self.sides: list[int] = []
-        self._names: list[str] = []
-        self._digests: list[int] = []
-        self._segments: list[str | int] = []
-        self._first_segments: list[int] = []
-
-    def add(self, name: str, digest: int, side: int, segments: list[str | int]) -> None:
-        """Add a document as segments."""
-        self._first_segments.append(len(self._segments))
-        self._segments += segments
-        self.sides.append(side)
-        self._names.append(name)
-        self._digests.append(digest)
-
-    def encode(
-        self, encoder: CheckedEncoder, dtype: np.dtype[Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all documents [n] and their lengths [documents].
-
-        Raises:
-            DataError: for an id that the token type cannot hold.
-        """
-        # -1 marks a text: token ids are never negative.
-        literals = np.array(
-            [segment if isinstance(segment, int) else -1 for segment in self._segments],
-            dtype=np.int64,
-        )
-        is_text = literals < 0
-        texts = [segment for segment in self._segments if isinstance(segment, str)]
-        digests = self._digests
-        names = self._names
-        # reduceat sums from each document's first segment to the next document's.
-        counts = np.add.reduceat(is_text, self._first_segments, dtype=np.int64)
-        if (counts != 1).any():
-            owners = np.repeat(np.arange(len(counts)), counts).tolist()
-            digests = [digests[owner] for owner in owners]
-            names = [names[owner] for owner in owners]
-        ids, offsets = encoder.encode_flat(texts, digests, names)
-        if ids.size and ids.max() > np.iinfo(dtype).max:
-            raise DataError(
-                f"the tokenizer gives the id {ids.max()}, which does not fit {dtype.name}: its"
-                " vocabulary is larger than it says"
-            )
-        sizes = np.ones(len(literals), dtype=np.int64)
-        sizes[is_text] = np.diff(offsets)
-        starts = np.cumsum(sizes) - sizes
-        tokens = np.empty(int(sizes.sum()), dtype=dtype)
-        tokens[starts[~is_text]] = literals[~is_text]
-        # One slice a text is faster than a mask over all tokens.
-        for target, start, end in zip(
-            starts[is_text].tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True
-        ):
-            tokens[target : target + end - start] = ids[start:end]
-        return tokens, np.add.reduceat(sizes, self._first_segments)
 
 
 def looks_for_duplicates(cleaning: Cleaning) -> bool:

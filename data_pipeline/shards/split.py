@@ -78,11 +78,16 @@ class SplitPlan:
     def assign(self, text: str, place: float) -> list[tuple[SplitName, str]]:
         """The side of a document, or of its two parts if there is no other text."""
         if self.cut:
-            return list(
-                zip(SPLITS, cut_at_line_end(text, 1.0 - self.validation_share), strict=True)
-            )
-        held_out = (place < self.validation_share) != (place == self.moved)
-        return [("validation" if held_out else "train", text)]
+            return list(zip(SPLITS, self.parts(text), strict=True))
+        return [(SPLITS[self.side(place)], text)]
+
+    def side(self, place: float) -> int:
+        """The index in ``SPLITS`` of a document that is not cut."""
+        return int((place < self.validation_share) != (place == self.moved))
+
+    def parts(self, text: str) -> tuple[str, str]:
+        """The two parts of a text that is cut."""
+        return cut_at_line_end(text, 1.0 - self.validation_share)
 
 
 def plan_split(

@@ -268,10 +268,9 @@ def read_lines(stream: Stream, start: int, end: int | None, max_bytes: int) -> I
                     carried = []
                     size = 0
                 number += 1
-                yield Line(
-                    number, offset, content if len(content) <= max_bytes else None, len(content)
-                )
-                offset += len(content) + 1
+                length = len(content)
+                yield Line(number, offset, content if length <= max_bytes else None, length)
+                offset += length + 1
                 begin = cut + 1
             carried.append(block[begin:])
             size += len(block) - begin

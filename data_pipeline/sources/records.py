@@ -51,6 +51,16 @@ class RecordReader:
         if not isinstance(record, dict):
             return "not_an_object", f"it is a {type(record).__name__}"
         text = record.get(self.text_field)
+        # The usual case of many short records, without further calls.
+        if (
+            self._is_plain
+            and isinstance(text, str)
+            and text.isascii()
+            and "\0" not in text
+            and text
+            and not text.isspace()
+        ):
+            return Document(text, place)
         if text is None:
             text = find(record, self.text_field)
             if text is ABSENT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -173,12 +174,17 @@ class CheckedEncoder:
             raise self._fault(
                 f"fails on one of {names[0]} to {names[-1]} ({failure(error)})"
             ) from None
+        # One condition for most documents: what either number divides, their common one does.
+        common = math.gcd(self.check_every, RISKY_EVERY)
         chosen = (
             [
                 number
                 for number, digest in enumerate(digests)
-                if digest % self.check_every == 0
-                or (digest % RISKY_EVERY == 0 and _is_risky(texts[number]))
+                if digest % common == 0
+                and (
+                    digest % self.check_every == 0
+                    or (digest % RISKY_EVERY == 0 and _is_risky(texts[number]))
+                )
             ]
             if self.engine_name != self.tokenizer.reference.engine
             else []
