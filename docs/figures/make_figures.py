@@ -228,7 +228,7 @@ def workarounds_page() -> str:
                 break_long_words=False,
             )
         sections.append("\n".join(lines))
-    return "\n".join([PAGE_HEAD, *(f"{section}\n" for section in sections), PAGE_TAIL])
+    return "\n".join([PAGE_HEAD, *sections, "", PAGE_TAIL])
 
 
 def _entries(docstring: str) -> dict[str, str]:
