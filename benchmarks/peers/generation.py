@@ -39,7 +39,7 @@ def our_side(batch: int) -> Callable[[], Measured]:
             for _ in range(NEW):
                 next(tokens)
 
-        return timed(call, warm_up=1, repeats=5)
+        return timed(call, warm_up=1, repeats=3)
 
     return side
 
@@ -60,6 +60,6 @@ def transformers_side(batch: int) -> Callable[[], Measured]:
             )
             assert out.shape[1] == PROMPT + NEW
 
-        return timed(call, warm_up=1, repeats=5)
+        return timed(call, warm_up=1, repeats=3)
 
     return side

@@ -20,7 +20,7 @@ from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
 from pretrain.model.loss import LanguageModelHead
 
-WARM_UP, CALLS = 6, 12
+WARM_UP, CALLS = 4, 6
 
 
 class Shape(NamedTuple):
@@ -171,6 +171,6 @@ def head_side(vocabulary: int, tokens: int, whole: bool) -> Callable[[], Measure
 
         flops = 3 * 2.0 * tokens * size * vocabulary
         floor = seconds_of_flops(flops, "bfloat16")
-        return timed(call, warm_up=2, repeats=8, floor_seconds=floor)
+        return timed(call, warm_up=2, repeats=5, floor_seconds=floor)
 
     return side
