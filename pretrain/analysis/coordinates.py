@@ -78,7 +78,7 @@ class PlainTraining:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.model = DecoderLM(recipe.model)
+        self.model = DecoderLM(recipe.model.portable())
         initialize(self.model, recipe.seed)
         self.peaks = peak_learning_rates(recipe.optimizer)
         self.optimizer = build_optimizer(

@@ -121,10 +121,9 @@ def load_model(
         CheckpointError: if weights are missing, superfluous or of another shape than in the recipe.
     """
     recipe = recipe or read_recipe(folder)
-    # The kernel does not belong to a model: the one that it was trained with may need a package or
-    # a device that is not here.
-    attention = recipe.model.attention.model_copy(update={"kernel": "sdpa"})
-    model = DecoderLM(recipe.model.model_copy(update={"attention": attention}))
+    # Kernels do not belong to a model: those that it was trained with may need a package or a
+    # device that is not here.
+    model = DecoderLM(recipe.model.portable())
     weights = load_state_dict(folder)
     # named_parameters() lists a shared tensor once, under the embedding's name.
     if recipe.model.tie_word_embeddings:

@@ -50,6 +50,7 @@ def compile_blocks(model: DecoderLM, backend: str = "inductor") -> None:
         backend: one of ``torch.compiler.list_backends()``; ``aot_eager`` traces without generating
             code.
     """
+    model.compiled = True
     # dynamic=False: shapes are fixed in training, and a symbolic graph is slower.
     for block in (module for module in model.modules() if isinstance(module, Block)):
         if block.is_moe:

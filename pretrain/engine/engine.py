@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict
 
@@ -50,8 +49,6 @@ from pretrain.optim.param_groups import (
     parameter_groups,
     peak_learning_rates,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class EngineCounts(TypedDict):
@@ -126,9 +123,6 @@ class Engine:
             recipe.train.compile, topology.device.type, gpu_capability(), self.zero_stage
         )
         compile_model(self.model, self.compiled)
-        logger.info(
-            "attention kernel %s, compiled: %s", self.model.config.attention.kernel, self.compiled
-        )
         self._peak_learning_rates = peak_learning_rates(recipe.optimizer)
         self.loss_scale = LossScale(self.optimizer, self.zero_stage, precision)
         self.masters = MasterWeights(self.optimizer, self.zero_stage, precision)

@@ -154,13 +154,9 @@ def free_memory() -> int:
 @torch.no_grad()
 def reference_model(model: ModelConfig, ours: Tensors, dtype: torch.dtype) -> DecoderLM:
     """This project's model in fp32, with weights rounded to ``dtype``."""
-    # The attention kernel does not change the function, and the one of the training may need a
-    # package or a device that is missing here.
-    built = DecoderLM(
-        model.model_copy(
-            update={"attention": model.attention.model_copy(update={"kernel": "sdpa"})}
-        )
-    )
+    # Kernels do not change the function, and those of the training may need a package or a device
+    # that is missing here.
+    built = DecoderLM(model.portable())
     parameters = dict(built.named_parameters())
     buffers = dict(built.named_buffers())
     for name in ours.names:

@@ -289,6 +289,12 @@ class ModelConfig(Section):
         """Routed experts of one layer; 1 for a dense model: it divides any number of ranks."""
         return self.moe.total_experts if self.moe is not None and self.routed_layers else 1
 
+    def portable(self) -> ModelConfig:
+        """The same function, computed by what runs anywhere without a further package."""
+        attention = self.attention.model_copy(update={"kernel": "sdpa"})
+        moe = None if self.moe is None else self.moe.portable()
+        return self.model_copy(update={"attention": attention, "moe": moe})
+
     def moe_role(self, name: str) -> Role | None:
         """What a parameter, by its name in the model, is for in an MoE layer; None for others."""
         inner = below_feed_forward(name)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.core.errors import ConfigError
+from pretrain.model.attention.kernels.config import kernel_section
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
 from pretrain.model.config import ModelConfig, Recomputation
@@ -145,6 +146,8 @@ class DecoderLM(nn.Module):
         # One Parameter object under two names: named_parameters() reports it once.
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
+        # Set by what compiles blocks.
+        self.compiled = False
         _check_roles(self)
 
     def forward(
@@ -171,6 +174,9 @@ class DecoderLM(nn.Module):
             max_documents: as :class:`AttentionMask` has it.
         """
         mask = AttentionMask(0, document_ids_BS, max_documents)
+        packs = kernel_section(self.config.attention.kernel).packs_documents
+        if self.compiled and packs and document_ids_BS is not None:
+            mask.pack_before_compiled_code(input_ids_BS.shape[1])
         place = self._place(input_ids_BS, mask, position_ids_BS)
         x_BSD, statistics = self._trunk(input_ids_BS, place, None, fractions_LE)
         loss, nll = self.head(self._normed(x_BSD), labels_BS)

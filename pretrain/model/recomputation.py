@@ -33,7 +33,7 @@ KEPT = frozenset(
         "aten::_scaled_dot_product_flash_attention_for_cpu "
         "aten::_scaled_dot_product_efficient_attention "
         "aten::_scaled_dot_product_cudnn_attention "
-        "torch_attn::_varlen_attn flex_attention "
+        "torch_attn::_varlen_attn "
         "flash_attn::_flash_attn_forward flash_attn::_flash_attn_varlen_forward "
     ).split()
 )

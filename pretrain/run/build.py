@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ from pretrain.training.stopping import Stopping
 from pretrain.training.timing import StepTimer
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import Validator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,8 @@ def build_trainer(run: Run, stop: StopRequest, data_check: BackgroundCheck) -> T
             "split: build one, or leave it out"
         )
     engine = run.engine
+    kernel = engine.model.config.attention.kernel
+    logger.info("attention kernel %s, compiled: %s", kernel, engine.compiled)
     topology = resolved.topology
     store = CheckpointStore(
         resolved.checkpoints, engine, resolved.ds_config, resolved.datasets.tokenizer_path

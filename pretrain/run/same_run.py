@@ -36,6 +36,7 @@ CHANGED_BY_PHASES = (
 # ... and what they add to it.
 PHASE_FIELDS = ("schedule", "frozen")
 # Where a run is and how it began say nothing of how it continues.
+HOW_EXPERTS_COMPUTE = ("expert_kernel", "exchange", "deduplicate")
 NO_CHANGES = ("name", "run_path", "branch_from", "initial_weights", "initial_weights_partial")
 WAYS_OUT = f"{OTHER_FOLDER}, or start over with --fresh --overwrite"
 
@@ -163,8 +164,10 @@ def past_difference(now: Recipe, saved: Recipe, step: int) -> str | None:
 def _field(recipe: Recipe, dotted: str) -> Any:
     """Return the value at a dotted path, as JSON."""
     value: Any = recipe.model_dump(mode="json")
-    # How attention is computed, not what: it may follow from the device.
+    # How it is computed, not what: it may follow from the device and the number of ranks.
     del value["model"]["attention"]["kernel"]
+    for name in HOW_EXPERTS_COMPUTE:
+        (value["model"]["moe"] or {}).pop(name, None)
     for key in dotted.split("."):
         value = value[key]
     return value

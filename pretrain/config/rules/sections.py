@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pretrain.config.recipe import Recipe, TrainConfig
+from pretrain.config.rules.exchange import exchange_fits
 from pretrain.config.rules.phases import PHASE_RULES, phase_warnings, phases_fill_the_run
 from pretrain.config.rules.routers import router_warnings
 from pretrain.config.rules.widths import base_fits_the_model, mup_knows_the_parts
@@ -21,8 +22,6 @@ from pretrain.core.errors import ConfigError
 from pretrain.core.registry import kind_name, kinds_of
 from pretrain.model.attention.kernels.config import Kernel, KernelDemands, kernel_section
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.config import DroplessMoEConfig
-from pretrain.model.moe.exchange.config import exchange_section
 
 
 def heads_fit(recipe: Recipe) -> None:
@@ -169,32 +168,6 @@ def experts_go_with_dropout(recipe: Recipe) -> None:
             f"model.dropout.expert={dropout.expert} does not go with model.moe.kind={moe.kind}, "
             "which never forms the output of one expert: use model.dropout.feed_forward, which "
             "drops their hidden units"
-        )
-
-
-def exchange_fits(recipe: Recipe) -> None:
-    """Rows of one token may be joined only if nobody needs the output of a single expert."""
-    moe, dropout = recipe.model.moe, recipe.model.dropout.expert
-    if not isinstance(moe, DroplessMoEConfig):
-        return
-    exchange = exchange_section(moe.exchange)
-    field = f"{exchange.field}={moe.exchange}"
-    if not exchange.forms_expert_outputs:
-        if moe.deduplicate is False:
-            raise ConfigError(
-                f"model.moe.deduplicate=false does not go with {field}, which sends a token to a "
-                f"rank once: leave it out, or use {exchange.field}={exchange.default}"
-            )
-        if recipe.parallel.ep_size == 1:
-            raise ConfigError(
-                f"{field} would move nothing, because parallel.ep_size is 1: leave it out, or set "
-                "parallel.ep_size"
-            )
-    if dropout and (moe.deduplicate or not exchange.forms_expert_outputs):
-        joined = "model.moe.deduplicate=true" if moe.deduplicate else field
-        raise ConfigError(
-            f"model.dropout.expert={dropout} does not go with {joined}, which sums the outputs of "
-            "a token's experts where they are computed: leave one of them out"
         )
 
 

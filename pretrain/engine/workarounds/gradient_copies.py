@@ -6,8 +6,8 @@ Fact: at stages 1 and 2 DeepSpeed reads all gradients for values that are not fi
     copies each one into a bucket, divides it by 1 and copies it out again.
 Versions: 0.19.8
 Upstream: none known
-Effect: a step on one rank would move about 98 bytes a parameter where 52 do, which is a fifth of the
-    time of a small model with many experts.
+Effect: a step on one rank would move about 98 bytes a parameter where 52 do, which is a tenth of
+    the time of a small model.
 Test: tests/integration/engine/test_deepspeed_facts.py::test_one_rank_copies_each_gradient
 """
 
@@ -27,9 +27,11 @@ IN_CACHE = 1 << 15
 def spare_gradient_copies(optimizer: Any, zero_stage: int) -> None:
     """Let the optimizer that ``deepspeed.initialize`` returned do each pass once.
 
-    Every gradient, norm and update stays what it is, to the last bit.
+    Gradients and updates stay what they are, to the last bit; the norm before it is rounded to
+    fp32.
     """
-    if zero_stage not in (1, 2) or optimizer.cpu_offload or optimizer.use_grad_accum_attribute:
+    # Sums in another format than the model's are made while gradients are reduced.
+    if zero_stage not in (1, 2) or optimizer.cpu_offload or optimizer.use_separate_grad_accum:
         return
     # DeepSpeed sees a norm that is not finite as an overflow too, on all ranks alike.
     optimizer.check_overflow = lambda partition_gradients=True: None

@@ -92,6 +92,15 @@ class AttentionMask:
 
         return self.once(("packed", num_queries), make)
 
+    def pack_before_compiled_code(self, num_queries: int) -> None:
+        """Make :meth:`packed` here, for blocks by ``torch.compile``.
+
+        Inside of them each other ``max_documents`` would be another graph, until the compiler gives
+        up; so it is a size of any value.
+        """
+        for places_C in self.packed(num_queries):
+            torch._dynamo.mark_dynamic(places_C, 0)
+
     def dense(
         self, num_queries: int, num_keys: int, device: torch.device, window: int | None = None
     ) -> torch.Tensor:

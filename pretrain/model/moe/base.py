@@ -61,7 +61,7 @@ class RoutingRecord:
         return self._rows.pop(name, None)
 
     def exchanged(self, name: str, exchange: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The rows that ``exchange`` returns; in a recomputation those of the first pass, if kept."""
+        """The rows that ``exchange`` returns, or in a recomputation those that were kept."""
         kept = self.kept(name)
         if kept is not None:
             return kept

@@ -56,8 +56,8 @@ def make_model(case: dict[str, Any], ep_size: int, *overrides: str) -> DecoderLM
     connect(ep_size)
     part = distributed.get_rank() % ep_size
     config = tiny_config(*case["overrides"], *overrides, f"parallel.ep_size={ep_size}")
-    recomputed = case.get("recomputed", False)
-    model = DecoderLM(config, ep_size, part, activation_checkpointing=recomputed)
+    recomputation = "full" if case.get("recomputed") else "none"
+    model = DecoderLM(config, ep_size, part, activation_checkpointing=recomputation)
     initialize(model, 1)
     for layer in layers_of(model):
         layer.set_deepspeed_parallelism()

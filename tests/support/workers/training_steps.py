@@ -4,6 +4,7 @@ A case has "name", "overrides", "zero", "steps", and optionally "changes" (repor
 moved in the first step), "expert_gain" (a factor for the experts' gradients), "starved" (the step
 from which on one expert and half of each query matrix get no gradient), "all_copies" (gradients are
 copied as DeepSpeed alone does it), "zero_optimization" (more of that section of the ds_config),
+"sections" (others of it),
 "gathered" (at ZeRO 3 also small tensors are gathered for each use) and "sabotage" (a deliberate
 fault that the equality tests must notice).
 """
@@ -180,11 +181,12 @@ def counted_collectives() -> Iterator[Counter[str]]:
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe("debug", ["logging.tensorboard=false", *case["overrides"]])
     zero = {"stage": case["zero"], **case.get("zero_optimization", {})}
+    sections = {"zero_optimization": zero, **case.get("sections", {})}
     if case.get("gathered") and case["zero"] == 3:
         zero["stage3_param_persistence_threshold"] = 0
     spare = (lambda *_: None) if case.get("all_copies") else build.spare_gradient_copies
     with mock.patch.object(build, "spare_gradient_copies", spare):
-        engine, _ = make_engine(recipe, case["zero"], {"zero_optimization": zero})
+        engine, _ = make_engine(recipe, case["zero"], sections)
     topology = engine.topology
     if "expert_gain" in case:
         scale_expert_gradients(engine, case["expert_gain"])

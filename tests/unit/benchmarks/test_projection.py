@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
+import projection
 import pytest
 
 from pretrain.model.sizes import model_size
-from tests.support.paths import ROOT
-
-
-@pytest.fixture
-def projection(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("projection")
 
 
 @pytest.mark.parametrize("model", ["moe_1b", "coarse", "fine"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_model_flops_are_those_of_the_model(
-    projection: ModuleType, model: str, fused: bool
-) -> None:
+def test_model_flops_are_those_of_the_model(model: str, fused: bool) -> None:
     config = projection.recipe_of(model).model
     size = model_size(config, projection.LENGTH)
     operations = projection.micro_batch(config, size.parameters_stored, projection.TOKENS, fused)
@@ -30,7 +19,7 @@ def test_model_flops_are_those_of_the_model(
 
 
 @pytest.mark.parametrize("model", ["moe_1b", "coarse", "fine"])
-def test_fused_kernels_move_less_in_fewer_launches(projection: ModuleType, model: str) -> None:
+def test_fused_kernels_move_less_in_fewer_launches(model: str) -> None:
     plain, fused = (projection.project(model, is_fused) for is_fused in (False, True))
     assert fused.layer_bytes < plain.layer_bytes and fused.step_bytes < plain.step_bytes
     assert fused.layer_kernels < plain.layer_kernels and fused.step_kernels < plain.step_kernels
@@ -39,7 +28,7 @@ def test_fused_kernels_move_less_in_fewer_launches(projection: ModuleType, model
         assert 0 < found.mfu[0] < found.mfu[1] < max(projection.SHARES)
 
 
-def test_an_operation_takes_its_slower_side(projection: ModuleType) -> None:
+def test_an_operation_takes_its_slower_side() -> None:
     launch = projection.LAUNCH_SECONDS
     of_bytes = projection.moved("copy", projection.MEMORY_RATE, 3)
     assert of_bytes.seconds(1.0) == pytest.approx(1.0 + 3 * launch)

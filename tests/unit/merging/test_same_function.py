@@ -93,7 +93,7 @@ FROM_NULL: dict[str, Any] = {
     "attention_factor": 2.0,
     "bias_balancing": BiasBalancing(),
     "groups": ExpertGroups(num_groups=2, top_k_groups=1),
-    "multi_token_prediction": MultiTokenPrediction(),
+    "multi_token_prediction": MultiTokenPrediction(), "deduplicate": True,
 }  # fmt: skip
 # Kernels that need a GPU, a package or a compiler; tests of kernels compare them.
 ELSEWHERE = {"flex", "varlen", "flash", "flash_mla", "triton"}

@@ -49,6 +49,7 @@ class Kernel(Component):
         capability: compute capability of the only GPUs that it runs on; None for any device.
         least_capability: that of the oldest GPUs that it runs on; None for any device.
         cache_multiple: tokens that the size of a cache is rounded up to.
+        packs_documents: whether it takes documents as ``AttentionMask.packed`` has them.
 
     The other attributes are the demands of the same name. All default to false: a kernel has to
     state what it can compute.
@@ -60,6 +61,7 @@ class Kernel(Component):
     capability: ClassVar[tuple[int, int] | None] = None
     least_capability: ClassVar[tuple[int, int] | None] = None
     cache_multiple: ClassVar[int] = 1
+    packs_documents: ClassVar[bool] = False
     sliding_window: ClassVar[bool] = False
     sinks: ClassVar[bool] = False
     alibi: ClassVar[bool] = False
@@ -136,6 +138,7 @@ class Flash(Kernel):
     package: ClassVar[str | None] = "flash_attn"
     max_head_dim: ClassVar[int] = 256
     least_capability: ClassVar[tuple[int, int] | None] = (8, 0)
+    packs_documents: ClassVar[bool] = True
     kind: Literal["flash"]
 
     @classmethod
@@ -184,6 +187,7 @@ class Varlen(Kernel):
     package: ClassVar[str | None] = "torch.nn.attention.varlen"
     max_head_dim: ClassVar[int] = 256
     least_capability: ClassVar[tuple[int, int] | None] = (8, 0)
+    packs_documents: ClassVar[bool] = True
     kind: Literal["varlen"]
 
     @classmethod

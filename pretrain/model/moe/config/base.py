@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -119,6 +119,10 @@ class MoE(Component):
         Args:
             kept: elements per hidden unit of a feed-forward of this model.
         """
+
+    def portable(self) -> Self:
+        """The same layer, computed by what runs anywhere without a further package."""
+        return self
 
     def kept_products(self, hidden_size: int, products: int) -> int:
         """Elements per token of what matrix products return: selective recomputation keeps them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -36,7 +36,8 @@ class DroplessMoEConfig(RoutedMoE):
     has_universal_checkpoints: ClassVar[bool] = True
     kind: Literal["dropless"] = "dropless"
     expert_kernel: Annotated[str, NameOf(ExpertKernel), Effect.NONE] = Field(
-        "auto", description="'auto': grouped_mm for bf16, on CPUs only in training; else a loop"
+        "auto",
+        description="'auto': grouped_mm for bf16, and on CPUs in training for fp32 too; else a loop",
     )
     exchange: Annotated[str, NameOf(Exchange), Effect.NONE] = Field(
         "all_to_all", description="what moves tokens between ranks, with parallel.ep_size above 1"
@@ -58,6 +59,11 @@ class DroplessMoEConfig(RoutedMoE):
         if self.deduplicate is None:
             return self.top_k > ep_size > 1 and not expert_dropout
         return self.deduplicate
+
+    def portable(self) -> Self:
+        parts = [expert_kernel_section(self.expert_kernel), exchange_section(self.exchange)]
+        names = {part.field.rpartition(".")[2]: part.default for part in parts if part.package}
+        return self.model_copy(update=names)
 
     def device_parts(self, ep_size: int) -> list[type[DroplessPart]]:
         kernel = expert_kernel_section(self.expert_kernel)

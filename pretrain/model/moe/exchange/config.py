@@ -68,7 +68,7 @@ class ExpertKernel(DroplessPart):
 
 
 class Auto(ExpertKernel):
-    """grouped_mm for bf16, on CPUs only in training; else the loop."""
+    """grouped_mm for bf16, and on CPUs in training for fp32 too; else the loop."""
 
     implementation: ClassVar[str] = "pretrain.model.moe.experts:experts_auto"
     kind: Literal["auto"]
