@@ -99,6 +99,11 @@ def tolerance(label: str) -> float:
         # blocks of 256 numbers begin elsewhere in ZeRO's partitions, and small tensors stay fp32 at
         # stage 0
         return 5e-3
+    if label == "peer-adamw":
+        # Two ranks add their shares of an output in another order. AdamW's first steps divide each
+        # gradient by its own size, so an element whose gradient nearly cancels moves by its
+        # rounding; trained by SGD the same ranks agree to 1e-6.
+        return 3e-5
     return 1e-5 if "adamw" in label or label == "peer-muon" else 1e-6  # AdamW trains PEER's rows
 
 

@@ -17,6 +17,7 @@ from pretrain.config.load import load_recipe
 from pretrain.core.accelerators import accelerator
 from pretrain.core.errors import ConfigError
 from pretrain.model.config import SwiGLUConfig
+from pretrain.model.decoder import DecoderLM
 from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.config import DroplessMoEConfig
 from pretrain.model.moe.dispatch import Spread, group_rows, spread_rows, sum_rows
@@ -24,6 +25,7 @@ from pretrain.model.moe.exchange import base
 from pretrain.model.moe.exchange.base import check_parts
 from pretrain.model.moe.experts import ExpertForm, experts_loop
 from pretrain.run.estimate import Hardware
+from pretrain.run.same_run import past_difference
 from tests.support.tiny_model import random_tensor, tiny_config, tiny_model
 
 T, D, E = 6, 16, 4
@@ -164,3 +166,25 @@ def test_a_plan_for_another_machine_asks_its_gpu_alone() -> None:
     Hardware(accelerator("H200")).check_experts(recipe.model.moe, 2, "bf16")
     with pytest.raises(ConfigError, match=r"9\.0 or more, but this one has 8\.0"):
         Hardware(accelerator("A100")).check_experts(recipe.model.moe, 2, "bf16")
+
+
+def test_a_model_of_parts_that_are_not_here_opens_by_those_that_run_anywhere() -> None:
+    config = tiny_config("model.moe.expert_kernel=grouped_gemm")
+    with pytest.raises(ConfigError, match="grouped_gemm"):
+        DecoderLM(config)
+    DecoderLM(config.portable())
+    for kernel in ("loop", "grouped_mm"):
+        assert tiny_config(f"model.moe.expert_kernel={kernel}").portable().moe == (
+            tiny_config(f"model.moe.expert_kernel={kernel}").moe
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["expert_kernel=loop", "deduplicate=true", "exchange=deepep"],
+)
+def test_a_run_whose_experts_compute_in_another_way_continues(change: str) -> None:
+    before = load_recipe("debug", ["parallel.ep_size=2", f"model.moe.{change}"])
+    assert past_difference(load_recipe("debug", ["parallel.ep_size=1"]), before, 10) is None
+    other = load_recipe("debug", ["model.moe.top_k=1"])
+    assert "top_k" in str(past_difference(other, before, 10))
