@@ -19,7 +19,7 @@ help:
 	@echo "make test-unit       tests of one process, minutes on 2 cores"
 	@echo "make test            lint, then the tests of one process and of real runs, about half an hour on 2 cores"
 	@echo "make test-full       lint, then all tests with the long matrices, hours"
-	@echo "make test-gpu        the tests that need a CUDA device, in one process"
+	@echo "make test-gpu        the tests that need a CUDA device, and those of fused kernels, in one process"
 	@echo "make bench           steps, layers, texts and the start against DeepSpeed's, transformers' and plain PyTorch, hours"
 	@echo "make bench-quick     one round of a few of them against the stored ratios; it reports and never fails"
 	@echo "make bench-growth    a step's time and memory against experts, tokens, ... and ranks, 10 minutes on 2 cores"
@@ -72,8 +72,11 @@ test: lint
 test-full: lint
 	$(PYTEST) $(BY_FILE)
 
+# On CPUs Triton interprets what these compile for a GPU, so all machines run them.
+COMPILED = tests/unit/model/kernels/test_dense_kernels.py tests/unit/model/kernels/test_fused_moe.py
 test-gpu: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m gpu tests
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(COMPILED)
 
 bench: install
 	$(BIN)/python benchmarks/against_peers.py --json benchmarks/results/against_peers.json

@@ -1,7 +1,8 @@
 """Runs ``deepspeed``, and ends with the exit code of what it has started.
 
-``deepspeed`` itself ends with 0 if the process that starts the ranks of a machine is killed by a
-signal, and with 256 - N if a rank is killed by signal N. This ends with 128 + N, as a shell does.
+For several machines ``deepspeed`` starts another launcher, such as pdsh, and itself ends with 0 if
+that one is killed by a signal. If a rank is killed by signal N, it ends with 256 - N. This ends
+with 128 + N in both cases, as a shell does.
 
 For one machine ``deepspeed`` starts a process that imports torch and DeepSpeed once more, for
 seconds, before it starts the ranks. Here that module runs in this process, which has imported both.

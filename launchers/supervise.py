@@ -133,7 +133,8 @@ class Supervisor:
         left = self._end_rest()
         for copy in copies:
             copy.join()
-        # deepspeed ends with 0 too if the process between it and the ranks is killed.
+        # A launcher may end with 0 while ranks are left: ``deepspeed`` as a command of its own does
+        # if the process between it and the ranks is killed.
         return code or next(iter(left), 0)
 
     def sleep(self, seconds: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,7 +28,6 @@ from pretrain.model.moe.dispatch import combine, gather_tokens, group_rows
 from pretrain.model.moe.experts import ExpertForm
 from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import TopKRouter
-from pretrain.model.norm import RMSNorm
 from pretrain.model.positions.rope import apply_rope_to_both, inverse_frequencies, rope_tables
 
 # Of the norm of plain values: what rounding to bf16 in another order may change.
@@ -39,7 +39,7 @@ class Case:
     """One function of the model.
 
     Attributes:
-        inputs: those that need gradients come back with them.
+        inputs: those that need gradients come back with them; at least one does.
         call: returns the outputs.
     """
 
@@ -91,11 +91,6 @@ def _weighted_sum(sizes: Sizes) -> Case:
     )
 
 
-def _grouping(sizes: Sizes) -> Case:
-    ids_R = sizes.choices()
-    return Case([ids_R], lambda: group_rows(ids_R, sizes.experts))
-
-
 def _activation(sizes: Sizes) -> Case:
     moe = sizes.config.moe
     assert moe is not None
@@ -123,13 +118,6 @@ def _router(sizes: Sizes) -> Case:
         return [routing.topk_weights_TK, statistics.losses_J]
 
     return Case([x_TD, gate.weight], call)
-
-
-def _norm(sizes: Sizes) -> Case:
-    norm = RMSNorm(sizes.config.hidden_size, sizes.config.norm.eps)
-    norm.to(sizes.device, torch.bfloat16)
-    x_TD = sizes.draw(sizes.tokens, sizes.config.hidden_size)
-    return Case([x_TD, norm.weight], lambda: [norm(x_TD)])
 
 
 def _rotation(sizes: Sizes) -> Case:
@@ -163,10 +151,8 @@ def _loss(sizes: Sizes) -> Case:
 CASES: dict[str, Callable[[Sizes], Case]] = {
     "rows of tokens": _rows,
     "weighted sum": _weighted_sum,
-    "grouping": _grouping,
     "activation": _activation,
     "router and its losses": _router,
-    "norm": _norm,
     "rotation": _rotation,
     "head and loss": _loss,
 }
@@ -202,10 +188,12 @@ def _compared(bench: Bench, make: Callable[[Sizes], Case], sizes: Sizes) -> Json
         set_fused_kernels(mode)
         torch.manual_seed(0)
         case = make(sizes)
-        values[name] = [each.detach().clone() for each in _both_ways(case)]
+        ones = [torch.ones_like(each) for each in case.call() if each.requires_grad]
+        both_ways = partial(_both_ways, case, ones)
+        values[name] = [each.detach().clone() for each in both_ways()]
         # Freed by the next call: the bytes are counted from the first.
         count = _moved_bytes(case)
-        result = timed(bench, lambda case=case: _both_ways(case))  # type: ignore[misc]
+        result = timed(bench, both_ways)
         found |= {
             f"{name}_us": result.seconds * 1e6,
             f"{name}_gb_per_s": count / result.seconds / 1e9,
@@ -227,14 +215,12 @@ def _trained(case: Case) -> list[torch.Tensor]:
     return [each for each in case.inputs if each.requires_grad]
 
 
-def _both_ways(case: Case) -> list[torch.Tensor]:
-    """Outputs, and gradients of the inputs for gradients of ones."""
+def _both_ways(case: Case, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, and gradients of the inputs for those of the outputs that need one."""
     for each in _trained(case):
         each.grad = None
     outputs = list(case.call())
-    used = [each for each in outputs if each.requires_grad]
-    if used:
-        torch.autograd.backward(used, [torch.ones_like(each) for each in used])
+    torch.autograd.backward([each for each in outputs if each.requires_grad], gradients)
     return outputs + [each.grad for each in _trained(case) if each.grad is not None]
 
 
@@ -243,8 +229,7 @@ def _moved_bytes(case: Case) -> int:
     inputs = sum(each.nbytes for each in case.inputs)
     outputs = sum(each.nbytes for each in case.call())
     gradients = sum(each.nbytes for each in _trained(case))
-    ways = 2 if gradients else 1
-    return ways * (inputs + outputs) + gradients
+    return 2 * (inputs + outputs) + gradients
 
 
 def _difference(plain: torch.Tensor, fused: torch.Tensor) -> float:

@@ -12,6 +12,9 @@ import torch
 
 from pretrain.core.errors import ConfigError
 
+# About 10 ms: longer than the host needs to launch the forward and backward pass of a layer.
+FILLER_CYCLES = 20_000_000
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -85,8 +88,9 @@ def timed(
 
 def _on_cuda(call: Callable[[], object]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # An idle device would count the host's launches into the first kernels.
     torch.cuda.synchronize()
+    # An idle device would wait for each launch, and short kernels would take as long as the host.
+    torch.cuda._sleep(FILLER_CYCLES)
     begin.record()
     call()
     end.record()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from peers.measure import Measured, seconds_of_flops, timed
 from peers.models import recipe_of, transformers_model
 from pretrain.engine.cpu_tuning import tune_for_training
+from pretrain.engine.topology import free_port
 from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 from pretrain.model.block import Block
 from pretrain.model.config import ModelConfig
@@ -81,7 +82,7 @@ def _our_layer(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
         avoid_shared_memory_all_reduce()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29617")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
         layer.set_deepspeed_parallelism()
     return layer

@@ -71,9 +71,10 @@ def transformers_zero_step(recipe: Recipe) -> Step:
     """transformers' model under DeepSpeed's ZeRO 1: fp32 masters, as ours."""
     import deepspeed
 
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port()
-    )
+    from pretrain.engine.topology import free_port
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(free_port())
     # Else DeepSpeed compiles an operation for collectives in shared memory, for minutes.
     from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 
@@ -186,11 +187,3 @@ def start_side(prepare: Callable[[Recipe], Step]) -> Callable[[], Measured]:
         return since_the_start()
 
     return side
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -60,7 +60,7 @@ def test_a_cpu_only_checks_the_script() -> None:
     ("part", "only", "variables"),
     [
         ("layer", ["ours", "DeepSpeed native"], {}),
-        ("step", ["as shipped"], {}),
+        ("step", ["plain ZeRO 1, no documents"], {}),
         ("kernels", ["coarse"], {"TRITON_INTERPRET": "1"}),
     ],
 )

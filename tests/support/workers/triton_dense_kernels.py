@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pretrain.model.kernels import loss_triton, rope_triton, router_triton
-from pretrain.model.kernels.selection import set_fused_kernels
+from pretrain.model.kernels.selection import Mode, set_fused_kernels
 from pretrain.model.loss import IGNORED_LABEL, LanguageModelHead, plain_chunk_losses
 from pretrain.model.moe.base import RoutingRecord
 from pretrain.model.moe.router import TopKRouter
@@ -25,7 +25,9 @@ from pretrain.model.moe.routers.interface import Router
 from pretrain.model.positions.rope import apply_rope, inverse_frequencies, rope_tables
 from tests.support.tiny_model import random_tokens, tiny_model
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE: str
+FUSED: Mode
+DEVICE, FUSED = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", "always")
 # Triton's interpreter cuts the bits that a bf16 value does not have, where a GPU rounds.
 TOLERANCE = {
     torch.float32: {"rtol": 2e-6, "atol": 2e-6},
@@ -43,7 +45,7 @@ def restored() -> Iterator[None]:
 
 def both(compute: Callable[[], Any]) -> tuple[Any, Any]:
     """The result of the fused kernels, and that of the plain code."""
-    set_fused_kernels("always")
+    set_fused_kernels(FUSED)
     fused = compute()
     set_fused_kernels("none")
     return fused, compute()
@@ -92,7 +94,7 @@ def test_rotations_and_gradients_equal_the_plain_ones(
 
 
 def test_a_rotation_leaves_its_input_and_the_gradient_as_they_are() -> None:
-    set_fused_kernels("always")
+    set_fused_kernels(FUSED)
     x_BNSH, gradient = normal(1, 2, 3, 4), normal(1, 1, 1, 1).expand(1, 2, 3, 4)
     tables = normal(3, 2, seed=1), normal(3, 2, seed=2)
     leaf = x_BNSH.clone().requires_grad_()
@@ -275,7 +277,7 @@ def test_a_recorded_choice_is_repeated() -> None:
     assert torch.equal(fused["ids"], ids_TK)
     assert_same_routing(fused, plain)
     record = RoutingRecord()
-    set_fused_kernels("always")
+    set_fused_kernels(FUSED)
     assert torch.equal(routed(KINDS["softmax"], 10, 3, False, record)["ids"], record.topk_ids_TK)
 
 
@@ -342,7 +344,7 @@ def test_operators_have_correct_schemas_fake_results_and_gradients() -> None:
 
 
 def test_compiled_code_is_one_graph() -> None:
-    set_fused_kernels("always")
+    set_fused_kernels(FUSED)
     tables, x_BNSH = (normal(3, 2, seed=1), normal(3, 2, seed=2)), normal(1, 2, 3, 4)
     compiled = torch.compile(apply_rope, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x_BNSH, tables), apply_rope(x_BNSH, tables))
