@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from pretrain.model.kernels.selection import use_fused
 
@@ -22,7 +23,7 @@ def use_fused_gate(gate: Tensor, up: Tensor) -> bool:
     return use_fused(gate) and gate.dtype == up.dtype and not torch.compiler.is_compiling()
 
 
-@torch.library.custom_op("pretrain::gated", mutates_args=())
+@custom_op("pretrain::gated", mutates_args=())
 def gated(gate: Tensor, up: Tensor, alpha: float = 1.0, limit: float | None = None) -> Tensor:
     """g * sigmoid(alpha * g) * u of two products of one shape, in fp32 and rounded once.
 
@@ -36,7 +37,7 @@ def gated(gate: Tensor, up: Tensor, alpha: float = 1.0, limit: float | None = No
     return gated_triton.gated(gate, up, alpha, limit)
 
 
-@torch.library.custom_op("pretrain::gated_backward", mutates_args=())
+@custom_op("pretrain::gated_backward", mutates_args=())
 def gated_backward(
     gradient: Tensor, gate: Tensor, up: Tensor, alpha: float, limit: float | None
 ) -> tuple[Tensor, Tensor]:

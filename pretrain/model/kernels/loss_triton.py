@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 # Logits of a row that a program reads at once.
 MOST_COLUMNS = 8192
@@ -58,7 +59,7 @@ def _chunk_loss_kernel(
         tl.store(logits_V + column, tl.where(counted, gradient, 0.0), mask=column < V)
 
 
-@torch.library.custom_op("moe_pretrain::chunk_losses_", mutates_args={"logits_CV"})
+@custom_op("pretrain::chunk_losses_", mutates_args={"logits_CV"})
 def chunk_losses_(
     logits_CV: torch.Tensor, labels_C: torch.Tensor, z_loss_weight: float, ignored_label: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 # Pairs of elements that a program rotates at once, and elements that it copies at once.
 TILE = 2048
@@ -69,7 +70,7 @@ def _rope_kernel(
         tl.store(y_row + column * y_element, kept, mask=is_there)
 
 
-@torch.library.custom_op("moe_pretrain::rope", mutates_args=())
+@custom_op("pretrain::rope", mutates_args=())
 def rope(x_BNSH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     """Rotate the last R elements of each head; see ``apply_rope``, its plain reference.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 # Logits that a program holds at once.
 TILE = 1024
@@ -168,7 +169,7 @@ def _tile(num_experts: int) -> tuple[int, int]:
     return max(TILE // experts, 1), experts
 
 
-@torch.library.custom_op("moe_pretrain::route", mutates_args=())
+@custom_op("pretrain::route", mutates_args=())
 def route(
     logits_TE: torch.Tensor,
     bias_E: torch.Tensor | None,
@@ -254,7 +255,7 @@ def _(
     return _outputs(logits_TE, top_k)
 
 
-@torch.library.custom_op("moe_pretrain::route_backward", mutates_args=())
+@custom_op("pretrain::route_backward", mutates_args=())
 def route_backward(
     probs_gradient_TE: torch.Tensor,
     weights_gradient_TK: torch.Tensor,

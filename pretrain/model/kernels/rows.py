@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.library import custom_op
 
 
-@torch.library.custom_op("pretrain::gather_tokens", mutates_args=())
+@custom_op("pretrain::gather_tokens", mutates_args=())
 def gather_tokens(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
     """Row r is token ``order_R[r] // top_k``: [T, D] -> [R, D], differentiable any number of times.
 
@@ -24,7 +24,7 @@ def gather_tokens(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) 
     return rows_triton.gather(x_TD, order_R, top_k)
 
 
-@torch.library.custom_op("pretrain::sum_choices", mutates_args=())
+@custom_op("pretrain::sum_choices", mutates_args=())
 def sum_choices(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
     """The derivative of :func:`gather_tokens`: each token's rows, added in fp32 and rounded once.
 
@@ -35,7 +35,7 @@ def sum_choices(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int)
     return rows_triton.combine(rows_RD, inverse_R, top_k, None)
 
 
-@torch.library.custom_op("pretrain::combine", mutates_args=())
+@custom_op("pretrain::combine", mutates_args=())
 def combine(rows_RD: Tensor, inverse_R: Tensor, weights_TK: Tensor) -> Tensor:
     """The weighted sum of each token's rows, in fp32 and rounded once: [R, D] -> [T, D].
 
@@ -49,7 +49,7 @@ def combine(rows_RD: Tensor, inverse_R: Tensor, weights_TK: Tensor) -> Tensor:
     return rows_triton.combine(rows_RD, inverse_R, weights_TK.shape[1], weights_TK)
 
 
-@torch.library.custom_op("pretrain::combine_backward", mutates_args=())
+@custom_op("pretrain::combine_backward", mutates_args=())
 def combine_backward(
     gradient_TD: Tensor, rows_RD: Tensor, inverse_R: Tensor, weights_TK: Tensor
 ) -> tuple[Tensor, Tensor]:

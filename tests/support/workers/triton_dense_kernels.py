@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.library import opcheck
 
 from pretrain.model.kernels import loss_triton, rope_triton, router_triton
 from pretrain.model.kernels.selection import Mode, set_fused_kernels
@@ -334,13 +335,11 @@ def test_extreme_and_undefined_logits_choose_experts_that_exist() -> None:
 # The operators.
 def test_operators_have_correct_schemas_fake_results_and_gradients() -> None:
     x_BNSH, table = normal(2, 3, 5, 8).requires_grad_(), normal(5, 3)
-    torch.library.opcheck(rope_triton.rope, (x_BNSH, table, table, False))
+    opcheck(rope_triton.rope, (x_BNSH, table, table, False))
     logits = normal(4, 10)
-    torch.library.opcheck(
-        loss_triton.chunk_losses_, (logits, some_labels(4, 10, "some"), 0.1, IGNORED_LABEL)
-    )
+    opcheck(loss_triton.chunk_losses_, (logits, some_labels(4, 10, "some"), 0.1, IGNORED_LABEL))
     leaf = normal(6, 10).requires_grad_()
-    torch.library.opcheck(router_triton.route, (leaf, normal(10), None, 3, False, 1.0, True, 1.0))
+    opcheck(router_triton.route, (leaf, normal(10), None, 3, False, 1.0, True, 1.0))
 
 
 def test_compiled_code_is_one_graph() -> None:

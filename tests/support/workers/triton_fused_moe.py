@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from torch.nn import functional
 
 from pretrain.model.config import ClampedSwiGLUConfig, SwiGLUConfig
@@ -191,7 +192,7 @@ def test_operators_keep_the_rules_of_torch() -> None:
         (gated.gated_backward, (*(leaf(4, 5).detach() for _ in range(3)), 1.0, None)),
     ]
     for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments)
+        opcheck(operator, arguments)
 
 
 def test_rows_to_experts_and_back_are_one_compiled_graph() -> None:
