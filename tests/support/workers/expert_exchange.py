@@ -218,7 +218,7 @@ def through_deep_ep(case: dict[str, Any]) -> dict[str, Any]:
     """The exchange deepep with a stand-in for its package, compared with all_to_all."""
     deep_ep_stand_in.install()
     joined = passed(make_model(case, case["ep_size"], "model.moe.deduplicate=true"))
-    with mock.patch.object(base, "capability_here", lambda: (9, 0)):
+    with mock.patch.object(base, "gpu_capability", lambda: (9, 0)):
         model = make_model(case, case["ep_size"], "model.moe.exchange=deepep")
     found = passed(model)
     calls = dict(deep_ep_stand_in.ElasticBuffer.calls)

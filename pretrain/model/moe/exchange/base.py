@@ -10,6 +10,7 @@ import torch
 
 from pretrain.core.errors import ConfigError
 from pretrain.core.registry import kind_name
+from pretrain.model.attention.kernels.base import gpu_capability
 from pretrain.model.moe.base import RoutingRecord
 from pretrain.model.moe.config import MoE
 from pretrain.model.moe.dispatch import Grouping
@@ -62,11 +63,6 @@ class Journey(ABC):
         """
 
 
-def capability_here() -> tuple[int, int] | None:
-    """Compute capability of this machine's GPU; None without one."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-
 def check_parts(
     moe: MoE | None,
     ep_size: int,
@@ -107,4 +103,4 @@ def _text(capability: tuple[int, int]) -> str:
 
 def check_parts_here(moe: MoE | None, ep_size: int, precision: str | None = None) -> None:
     """:func:`check_parts` for the GPU and the packages of this machine."""
-    check_parts(moe, ep_size, precision, capability_here())
+    check_parts(moe, ep_size, precision, gpu_capability())

@@ -106,7 +106,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(base, "capability_here", lambda: (8, 0))
+    monkeypatch.setattr(base, "gpu_capability", lambda: (8, 0))
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     yield fake
     sys.modules.pop(MODULE, None)
