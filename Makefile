@@ -79,7 +79,7 @@ test-gpu: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(COMPILED)
 
 bench: install
-	$(BIN)/python benchmarks/against_peers.py --json benchmarks/results/against_peers.json
+	$(BIN)/python benchmarks/against_peers.py --store
 
 # What others of a shared machine do moves these ratios: they are for a reader, no reason to fail.
 bench-quick: install

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 from peers import comparisons
-from peers.measure import Measured
+from peers.measure import Measured, fast_format
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -37,7 +37,8 @@ EXAMPLES = """\
 OURS = "ours"
 # What a quick run may differ from the stored ratio before it is pointed out.
 BAND = 0.2
-STORED = "benchmarks/results/against_peers.json"
+# One file for each format of layers and steps: a CPU without bf16 has another table.
+STORED = "benchmarks/results/against_peers_{}.json"
 # The measurements of each side of each comparison, one a round.
 Runs: TypeAlias = dict[str, dict[str, list[Measured]]]
 
@@ -108,6 +109,7 @@ def report(results: dict[str, dict[str, Row]], rounds: int) -> JsonObject:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware(),
+        "format": fast_format(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "rounds": rounds,
@@ -120,11 +122,12 @@ def report(results: dict[str, dict[str, Row]], rounds: int) -> JsonObject:
 
 def compare_with_stored(results: dict[str, dict[str, Row]]) -> None:
     """Point out the ratios that differ from the stored ones by more than the band."""
+    stored_at = STORED.format(fast_format())
     try:
-        with open(STORED, encoding="utf-8") as file:
+        with open(stored_at, encoding="utf-8") as file:
             stored = json.load(file)["comparisons"]
     except OSError:
-        print(f"{STORED} is not there: nothing to compare with", file=sys.stderr)
+        print(f"{stored_at} is not there: nothing to compare with", file=sys.stderr)
         return
     for name, rows in results.items():
         for side, row in rows.items():
@@ -145,6 +148,9 @@ def parse_arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="one round, compared with the stored ratios"
     )
     parser.add_argument("--list", action="store_true", help="print the comparisons' names")
+    parser.add_argument(
+        "--store", action="store_true", help=f"write {STORED.format('FORMAT')} after each round"
+    )
     parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
     add_json_option(parser)
     return parser.parse_args()
@@ -165,6 +171,8 @@ def main() -> int:
         raise ConfigError(f"--only: there is no {', '.join(sorted(unknown))}: see --list")
     chosen = {name: known[name] for name in options.only or known}
     rounds = 1 if options.quick else options.rounds
+    if options.store:
+        options.json_path = STORED.format(fast_format())
     runs: Runs = {
         name: {side: [] for side in comparison.sides} for name, comparison in chosen.items()
     }

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 from peers.layers import Dense, Shape, build_layer
+from peers.measure import fast_format
 from torch import nn
 
 from gpu.models import recipe_of
 from gpu.timing import Bench, timed
 from pretrain.core.files import JsonObject
+from pretrain.engine.precision import DTYPES
 from pretrain.model.kernels.selection import Mode, set_fused_kernels
 from pretrain.model.sizes import peak_flops
 
@@ -57,7 +59,7 @@ def measure(bench: Bench, model: str, side: str) -> dict[str, JsonObject]:
 
 
 def _forward_and_backward(bench: Bench, layer: nn.Module, shape: Shape) -> JsonObject:
-    dtype = getattr(torch, shape.precision)
+    dtype = DTYPES[fast_format()]
     size = (1, shape.tokens, shape.hidden)
     generator = torch.Generator(bench.device).manual_seed(2)
     gradient = torch.randn(size, dtype=dtype, device=bench.device, generator=generator)

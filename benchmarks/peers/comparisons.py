@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peers import generation, train_step
 from peers.layers import Shape, dense_side, head_side, layer_side
-from peers.measure import Measured
+from peers.measure import Measured, fast_format
 
 Side = Callable[[], Measured]
 
@@ -67,10 +67,22 @@ def texts(batch: int, goal: float) -> Comparison:
     return Comparison(sides, {"transformers": goal})
 
 
+def all_steps() -> dict[str, Comparison]:
+    """Steps in bf16, if this CPU computes in it, and in fp32."""
+    eight = {"step, 8 experts, fp32": steps(1.1, 1.1, "train.precision=fp32")}
+    if fast_format() == "fp32":
+        fine = steps(1.4, 1.2, "train.precision=fp32", *FINE)
+        return eight | {"step, 64 experts top-4, fp32": fine}
+    return {
+        "step, 8 experts, bf16": steps(1.25, 1.15, "train.precision=bf16"),
+        "step, 64 experts top-4, bf16": steps(1.4, 1.2, "train.precision=bf16", *FINE),
+        **eight,
+    }
+
+
+# Layers and head are in the fast format.
 COMPARISONS: dict[str, Comparison] = {
-    "step, 8 experts, bf16": steps(1.25, 1.15, "train.precision=bf16"),
-    "step, 64 experts top-4, bf16": steps(1.4, 1.2, "train.precision=bf16", *FINE),
-    "step, 8 experts, fp32": steps(1.1, 1.1, "train.precision=fp32"),
+    **all_steps(),
     "layer, 8 experts top-2": layer(Shape(4096, 512, 1024, 8, 2), 1.1, 1.1, 0.9),
     "layer, 64 experts top-2": layer(Shape(4096, 512, 1024, 64, 2), 1.35, 1.1, 0.78),
     "layer, 128 experts top-2": layer(Shape(4096, 512, 1024, 128, 2), 1.5, 1.1, 0.62),

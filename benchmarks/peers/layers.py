@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peers.measure import Measured, seconds_of_flops, timed
+from peers.measure import Measured, fast_format, seconds_of_flops, timed
 from peers.models import recipe_of, transformers_model
 from pretrain.engine.cpu_tuning import tune_for_training
+from pretrain.engine.precision import DTYPES
 from pretrain.engine.topology import free_port
 from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 from pretrain.model.block import Block
@@ -32,7 +33,6 @@ class Shape(NamedTuple):
     width: int
     experts: int
     top_k: int
-    precision: str = "bfloat16"
 
     @property
     def flops(self) -> float:
@@ -62,7 +62,7 @@ def layer_side(shape: Shape, kind: str) -> Callable[[], Measured]:
 
 def build_layer(shape: Shape, kind: str) -> nn.Module:
     """The MoE layer ``dropless``, ``deepspeed`` or ``transformers``, on the CPU."""
-    dtype = getattr(torch, shape.precision)
+    dtype = DTYPES[fast_format()]
     config = recipe_of(*shape.overrides("dropless" if kind == "transformers" else kind))
     if kind == "transformers":
         layer: nn.Module = transformers_model(config, dtype).model.layers[0].mlp
@@ -97,7 +97,7 @@ class Dense(nn.Module):
         self.up = nn.Linear(shape.hidden, width, bias=False)
         self.gate = nn.Linear(shape.hidden, width, bias=False)
         self.down = nn.Linear(width, shape.hidden, bias=False)
-        self.to(getattr(torch, shape.precision))
+        self.to(DTYPES[fast_format()])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
@@ -117,7 +117,7 @@ def dense_side(shape: Shape) -> Callable[[], Measured]:
 
 
 def _forward_and_backward(layer: nn.Module, shape: Shape) -> Measured:
-    dtype = getattr(torch, shape.precision)
+    dtype = DTYPES[fast_format()]
     inputs = _hidden_states(shape, dtype)
     current: list[torch.Tensor] = []
     gradient = torch.randn(1, shape.tokens, shape.hidden, dtype=dtype)
@@ -131,7 +131,7 @@ def _forward_and_backward(layer: nn.Module, shape: Shape) -> Measured:
         output = layer(current[0])
         (output[0] if isinstance(output, tuple) else output).backward(gradient)
 
-    floor = seconds_of_flops(shape.flops, shape.precision)
+    floor = seconds_of_flops(shape.flops, dtype)
     return timed(call, warm_up=WARM_UP, repeats=CALLS, prepare=prepare, floor_seconds=floor)
 
 
@@ -158,8 +158,9 @@ def head_side(vocabulary: int, tokens: int, whole: bool) -> Callable[[], Measure
             z_loss_weight=0.0,
         )
         nn.init.normal_(head.weight, std=0.02)
-        head.to(torch.bfloat16)
-        x = torch.randn(1, tokens, size).bfloat16().requires_grad_()
+        dtype = DTYPES[fast_format()]
+        head.to(dtype)
+        x = torch.randn(1, tokens, size).to(dtype).requires_grad_()
         labels = torch.randint(vocabulary, (1, tokens))
 
         def call() -> None:
@@ -171,7 +172,7 @@ def head_side(vocabulary: int, tokens: int, whole: bool) -> Callable[[], Measure
             x.grad = head.weight.grad = None
 
         flops = 3 * 2.0 * tokens * size * vocabulary
-        floor = seconds_of_flops(flops, "bfloat16")
+        floor = seconds_of_flops(flops, dtype)
         return timed(call, warm_up=2, repeats=5, floor_seconds=floor)
 
     return side

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -57,16 +59,23 @@ def since_the_start() -> Measured:
     return Measured(time.process_time(), time.time() - psutil.Process().create_time(), peak_bytes())
 
 
+def fast_format() -> str:
+    """``bf16``, or ``fp32`` on a CPU that only emulates bf16: there it would take 10 to 50 times.
+
+    The precision that ``train.precision: auto`` chooses here.
+    """
+    from pretrain.engine.precision import resolve_precision
+
+    return resolve_precision("auto")
+
+
 def peak_bytes() -> int:
     """The peak of resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def seconds_of_flops(flops: float, dtype_name: str) -> float:
+def seconds_of_flops(flops: float, dtype: torch.dtype) -> float:
     """CPU seconds of so many FLOPs at the rate of one large product [1024, 2048] x [2048, 2048]."""
-    import torch
-
-    dtype = getattr(torch, dtype_name)
     a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     out = torch.empty(1024, 2048, dtype=dtype)
     best = min(
@@ -77,8 +86,6 @@ def seconds_of_flops(flops: float, dtype_name: str) -> float:
 
 def seconds_of_bytes(count: float) -> float:
     """CPU seconds of so many bytes, read or written, at the rate of a copy of 256 MB."""
-    import torch
-
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
     best = min(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peers.measure import Measured, seconds_of_flops, since_the_start, timed
+from peers.measure import Measured, fast_format, seconds_of_flops, since_the_start, timed
 from peers.models import (
     LEARNING_RATE,
     LENGTH,
@@ -21,9 +21,9 @@ from peers.models import (
 )
 from pretrain.config.recipe import Recipe
 from pretrain.engine.cpu_tuning import tune_for_training
+from pretrain.engine.precision import DTYPES
 
 WARM_UP, STEPS = 6, 8
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Step = Callable[[list[torch.Tensor]], object]
 
 
@@ -174,7 +174,7 @@ def floor_of(recipe: Recipe) -> float:
     per_token = model_size(recipe.model, recipe.train.sequence_length).flops_per_token
     return seconds_of_flops(
         per_token * recipe.train.tokens_per_step,
-        str(DTYPES[recipe.train.precision]).removeprefix("torch."),
+        DTYPES[recipe.train.precision],
     )
 
 
@@ -182,7 +182,7 @@ def start_side(prepare: Callable[[Recipe], Step]) -> Callable[[], Measured]:
     """A side that measures a process from its beginning to the end of its first step."""
 
     def side() -> Measured:
-        recipe = recipe_of("train.precision=bf16")
+        recipe = recipe_of(f"train.precision={fast_format()}")
         prepare(recipe)(next(token_batches(recipe, MICRO_BATCHES)))
         return since_the_start()
 
