@@ -154,6 +154,13 @@ class ParallelConfig(Section):
     """How the ranks share the model. ZeRO is in the ds_config."""
 
     ep_size: Ranks = Field(1, description="ranks that share one set of experts")
+    sp_size: Ranks = Field(
+        1,
+        description=(
+            "ranks that share each sequence, for lengths that do not fit on one: each computes a "
+            "part of the tokens, and in attention a part of the heads (DeepSpeed Ulysses)"
+        ),
+    )
     timeout_seconds: Annotated[float, Field(ge=2)] = Field(
         300.0,
         description=(

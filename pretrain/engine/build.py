@@ -30,6 +30,7 @@ from pretrain.model.attention.kernels.base import chosen_kernel, gpu_capability
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
+from pretrain.model.sequence_parallel import SequenceParallel
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.matrix_shards import MatrixOptimizer
 
@@ -165,6 +166,16 @@ def check_buckets(model: nn.Module, zero: JsonObject, device: torch.device) -> N
             "zero_optimization.overlap_comm at ZeRO stage 2: raise the one, or set the other to "
             "false"
         )
+
+
+def share_sequences(model: DecoderLM, topology: Topology) -> None:
+    """Let neighbouring ranks share sequences, if the topology says so. Every rank must call it."""
+    size = topology.sp_size
+    firsts = range(0, topology.world_size, size)
+    group = topology.own_group([range(first, first + size) for first in firsts])
+    if group is not None:
+        parts = SequenceParallel(group.group_name, topology.sequence_part, size)
+        model.share_sequences(parts)
 
 
 def stage_of(ds_config: JsonObject) -> int:

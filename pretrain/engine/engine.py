@@ -22,6 +22,7 @@ from pretrain.engine.build import (
     expert_shard,
     frozen_names,
     leave_compiler_out,
+    share_sequences,
     stage_of,
     start_deepspeed,
 )
@@ -105,6 +106,7 @@ class Engine:
         self.expert_part = shard.part
         self.expert_parts = shard.parts
         self.model = build_model(recipe, precision, shard, topology.device, load_weights)
+        share_sequences(self.model, topology)
         self._frozen_names = frozen_names(self.model, recipe.model, recipe.phases)
         self.sparse_optimizer = take_expert_tables(self.model, recipe, shard.parts, topology)
         # Weights are drawn from named streams, dropout and router noise from those of micro
@@ -117,7 +119,7 @@ class Engine:
             self.model, optimizer, ds_config, precision, topology.device
         )
         self.monitor = self.deepspeed.monitor = Monitor(
-            ds_config, topology.is_main, lambda: self.deepspeed.global_samples
+            ds_config, topology.is_main, lambda: self.counts()["samples"]
         )
         self.compiled = chosen_form(
             recipe.train.compile, topology.device.type, gpu_capability(), self.zero_stage
@@ -181,7 +183,7 @@ class Engine:
         set_batch_sizes(
             self.deepspeed,
             sizes.micro_batch_size,
-            sizes.global_batch_size // (sizes.micro_batch_size * self.topology.world_size),
+            sizes.global_batch_size // (sizes.micro_batch_size * self.topology.dp_size),
         )
         model = phase.recipe.model
         if model.position != before.model.position:
@@ -278,7 +280,7 @@ class Engine:
             ACTIVITY.tick()
             moved = batch.to(self.topology.device)
             output = self._forward(moved, 1.0)
-            counted = (moved.labels_BS >= 0).sum()
+            counted = (self.model.own_tokens(moved.labels_BS) >= 0).sum()
             totals += torch.stack((output.nll.double(), counted.double()))
         nll, tokens = self.topology.all_reduce_sum(totals).tolist()
         return nll, int(tokens)
@@ -306,7 +308,8 @@ class Engine:
         """What is to be saved next to weights, moments and buffers."""
         return EngineCounts(
             steps=self.deepspeed.global_steps,
-            samples=self.deepspeed.global_samples,
+            # DeepSpeed takes the parts of a sequence on several ranks for one sample each.
+            samples=self.deepspeed.global_samples // self.topology.sp_size,
             skipped=self.deepspeed.skipped_steps,
             loss_scale=self.loss_scale.state(),
         )
@@ -314,7 +317,7 @@ class Engine:
     def restore_counts(self, counts: EngineCounts) -> None:
         """Continue to count from a checkpoint's :meth:`counts`."""
         self.deepspeed.global_steps = counts["steps"]
-        self.deepspeed.global_samples = counts["samples"]
+        self.deepspeed.global_samples = counts["samples"] * self.topology.sp_size
         self.deepspeed.skipped_steps = counts["skipped"]
         self.loss_scale.load(counts["loss_scale"])
 
@@ -367,11 +370,16 @@ class Engine:
         return forward(self.deepspeed, batch, normalizer, fractions_LE)
 
     def _tokens_per_micro_batch(self, batches: list[Batch]) -> torch.Tensor | float:
-        """Counted tokens of the global batch / its micro batches: the divisor of each of them."""
+        """Counted tokens of the global batch / its micro batches: the divisor of each of them.
+
+        Of ranks that share sequences, each has a micro batch of the tokens that are its own.
+        """
         sizes = self.phase_recipe.train
         if not self.recipe.data.leaves_out_labels:
-            return float(sizes.micro_batch_size * sizes.sequence_length)
-        counted = torch.stack([(batch.labels_BS >= 0).sum() for batch in batches]).sum()
+            tokens = sizes.micro_batch_size * sizes.sequence_length
+            return float(tokens // self.topology.sp_size)
+        own = [self.model.own_tokens(batch.labels_BS) for batch in batches]
+        counted = torch.stack([(labels_BS >= 0).sum() for labels_BS in own]).sum()
         micro_batches = len(batches) * self.topology.world_size
         return (self.topology.all_reduce_sum(counted) / micro_batches).float()
 
@@ -380,11 +388,15 @@ class Engine:
         """Begin the random stream of this rank's micro batch ``number`` (from 0) of the step.
 
         It belongs to the micro batch of the global batch, so that dropout and router noise of a
-        token are the same on any rank, and after any resume.
+        token are the same on any rank, and after any resume. Ranks that share its sequences draw
+        different values.
         """
-        step, ranks = self.deepspeed.global_steps, self.topology.world_size
-        micro_batch = self.topology.rank + number * ranks
-        torch.manual_seed(derived_seed(f"{self.recipe.seed} micro batch {step} {micro_batch}"))
+        topology, step = self.topology, self.deepspeed.global_steps
+        micro_batch = topology.dp_rank + number * topology.dp_size
+        part = f" part {topology.sequence_part}" if topology.sp_size > 1 else ""
+        torch.manual_seed(
+            derived_seed(f"{self.recipe.seed} micro batch {step} {micro_batch}{part}")
+        )
 
     def _global_fractions(
         self, batches: list[Batch], normalizer: torch.Tensor | float

@@ -118,13 +118,4 @@ def _groups(
     world_size = topology.world_size
     sharing = [list(range(first, first + shards)) for first in range(0, world_size, shards)]
     replicas = [list(range(first, world_size, shards)) for first in range(shards)]
-    return _own_group(sharing, topology.rank), _own_group(replicas, topology.rank)
-
-
-def _own_group(ranks_of: list[list[int]], rank: int) -> distributed.ProcessGroup | None:
-    """Create a group per list of ranks, and return the one with ``rank`` in it."""
-    if len(ranks_of[0]) == 1:
-        return None
-    # torch requires that every rank creates every group, in the same order, also those without it.
-    groups = [distributed.new_group(ranks) for ranks in ranks_of]
-    return next(group for group, ranks in zip(groups, ranks_of, strict=True) if rank in ranks)
+    return topology.own_group(sharing), topology.own_group(replicas)

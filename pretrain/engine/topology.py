@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -50,13 +50,30 @@ _watchdogs: list[Watchdog] = []
 class Topology:
     """This process's rank, and collectives over all ranks.
 
-    Expert-parallel groups are ``ep_size`` neighbouring ranks, as DeepSpeed builds them.
+    Expert-parallel groups are ``ep_size`` neighbouring ranks, as DeepSpeed builds them, and so are
+    the ``sp_size`` ranks that share the sequences of a micro batch.
     """
 
     rank: int
     world_size: int
     ep_size: int
     device: torch.device
+    sp_size: int = 1
+
+    @property
+    def dp_size(self) -> int:
+        """How many micro batches are computed at the same time."""
+        return self.world_size // self.sp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this rank computes, whole or a part of its tokens."""
+        return self.rank // self.sp_size
+
+    @property
+    def sequence_part(self) -> int:
+        """Which part of its sequences this rank computes, from 0."""
+        return self.rank % self.sp_size
 
     @property
     def is_main(self) -> bool:
@@ -81,6 +98,18 @@ class Topology:
         if self.world_size > 1:
             distributed.all_gather_object(values, value)
         return values
+
+    def own_group(self, groups: Sequence[Sequence[int]]) -> distributed.ProcessGroup | None:
+        """Create a group per list of ranks, and return this rank's; None for groups of one rank.
+
+        Every rank must call it.
+        """
+        if len(groups[0]) == 1:
+            return None
+        # torch wants every rank to create every group, in the same order, also those without it.
+        created = [distributed.new_group(list(ranks)) for ranks in groups]
+        pairs = zip(created, groups, strict=True)
+        return next(group for group, ranks in pairs if self.rank in ranks)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -184,7 +213,10 @@ def starts_as_first_rank(environment: Mapping[str, str]) -> bool:
 
 
 def connect(
-    ep_size: int, timeout_seconds: float = 300.0, connect_seconds: float = CONNECT_SECONDS
+    ep_size: int,
+    timeout_seconds: float = 300.0,
+    connect_seconds: float = CONNECT_SECONDS,
+    sp_size: int = 1,
 ) -> Topology:
     """Join all processes into torch's default group, and choose this process's device.
 
@@ -225,6 +257,7 @@ def connect(
         world_size=distributed.get_world_size(),
         ep_size=ep_size,
         device=torch.device(accelerator.current_device_name()),
+        sp_size=sp_size,
     )
 
 

@@ -192,8 +192,9 @@ class IncidentLog:
         size = len(origins) // (ranks * accumulation_steps)
         found = []
         for suspect in suspects:
-            # Number k of rank r is micro batch r + k * ranks of the step.
-            first = (suspect.rank + suspect.micro_batch * ranks) * size
+            # Number k of data-parallel rank r is micro batch r + k * ranks of the step.
+            dp_rank = suspect.rank // self.topology.sp_size
+            first = (dp_rank + suspect.micro_batch * ranks) * size
             sequences = tuple(describe(origin) for origin in origins[first : first + size])
             found.append(replace(suspect, sequences=sequences))
         return found

@@ -16,11 +16,12 @@ from pretrain.model.block import Block
 from pretrain.model.config import ModelConfig, Recomputation
 from pretrain.model.embedding import TokenEmbedding
 from pretrain.model.loss import LanguageModelHead
-from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import MoELayer, RouterStatistics, RoutingRecord
 from pretrain.model.moe.losses import loss_weights
 from pretrain.model.multi_token import MultiTokenBlock, shifted_by_one
 from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.recomputation import contexts
+from pretrain.model.sequence_parallel import SequenceParallel
 
 
 class RouterTotals(NamedTuple):
@@ -148,7 +149,19 @@ class DecoderLM(nn.Module):
             self.head.weight = self.embedding.weight
         # Set by what compiles blocks.
         self.compiled = False
+        self._sequence: SequenceParallel | None = None
         _check_roles(self)
+
+    def share_sequences(self, sequence: SequenceParallel) -> None:
+        """Let :meth:`forward` compute this rank's part of sequences that several ranks get."""
+        self._sequence = sequence
+        for module in self.modules():
+            if isinstance(module, MoELayer):
+                module.sequence = sequence
+
+    def own_tokens(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """The tokens [B, S] that :meth:`forward` computes here, of all that it is given."""
+        return x_BS if self._sequence is None else self._sequence.own(x_BS)
 
     def forward(
         self,
@@ -160,7 +173,7 @@ class DecoderLM(nn.Module):
         position_ids_BS: torch.Tensor | None = None,
         max_documents: int | None = None,
     ) -> TrainOutput:
-        """The loss of one micro batch.
+        """The loss of one micro batch; of this rank's tokens if ranks share its sequences.
 
         Args:
             input_ids_BS: int64 token ids.
@@ -173,30 +186,36 @@ class DecoderLM(nn.Module):
             position_ids_BS: each token's position in its document; in the sequence by default.
             max_documents: as :class:`AttentionMask` has it.
         """
-        mask = AttentionMask(0, document_ids_BS, max_documents)
+        mask = AttentionMask(0, document_ids_BS, max_documents, self._sequence)
         packs = kernel_section(self.config.attention.kernel).packs_documents
         if self.compiled and packs and document_ids_BS is not None:
             mask.pack_before_compiled_code(input_ids_BS.shape[1])
+        multi_token = self.multi_token if self.training else None
+        # Before the cut: the last token of a rank's part is followed by the first of the next.
+        shifted = None if multi_token is None else shifted_by_one(input_ids_BS, labels_BS)
+        if self._sequence is not None:
+            if position_ids_BS is None:
+                position_ids_BS = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
+            position_ids_BS = self._sequence.own(position_ids_BS, dim=-1)
+            input_ids_BS, labels_BS = self.own_tokens(input_ids_BS), self.own_tokens(labels_BS)
         place = self._place(input_ids_BS, mask, position_ids_BS)
         x_BSD, statistics = self._trunk(input_ids_BS, place, None, fractions_LE)
         loss, nll = self.head(self._normed(x_BSD), labels_BS)
         multi_token_nll: torch.Tensor | None = None
         # Multi-token prediction reads the hidden states before the final norm: both heads norm
         # their own.
-        if self.multi_token is not None and self.training:
+        if multi_token is not None and shifted is not None:
+            next_ids_BS, labels_after_BS = map(self.own_tokens, shifted)
             fractions_E = (
                 # The block of multi-token prediction is the last routed layer.
-                fractions_LE[-1]
-                if fractions_LE is not None and self.multi_token.block.is_moe
-                else None
+                fractions_LE[-1] if fractions_LE is not None and multi_token.block.is_moe else None
             )
-            next_ids_BS, labels_after_BS = shifted_by_one(input_ids_BS, labels_BS)
             x_BSD, block_statistics = self._run(
-                self.multi_token, (x_BSD, self.embedding(next_ids_BS)), place, None, fractions_E
+                multi_token, (x_BSD, self.embedding(next_ids_BS)), place, None, fractions_E
             )
             statistics += [] if block_statistics is None else [block_statistics]
             multi_token_loss, multi_token_nll = self.head(self._normed(x_BSD), labels_after_BS)
-            loss = loss + self.multi_token.loss_weight * multi_token_loss
+            loss = loss + multi_token.loss_weight * multi_token_loss
         # Only the summed losses are divided: router losses are means over the micro batch already.
         loss = loss / normalizer
         if not statistics:

@@ -35,6 +35,8 @@ KEPT = frozenset(
         "aten::_scaled_dot_product_cudnn_attention "
         "torch_attn::_varlen_attn "
         "flash_attn::_flash_attn_forward flash_attn::_flash_attn_varlen_forward "
+        # exchanges between the ranks that share a sequence
+        "pretrain::exchange_parts pretrain::mean_of_ranks "
     ).split()
 )
 

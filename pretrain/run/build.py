@@ -154,7 +154,8 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
     if recipe.train.deterministic:
         # Before the first CUDA kernel: cuBLAS reads its workspace size once.
         be_deterministic()
-    topology = connect(recipe.parallel.ep_size, recipe.parallel.timeout_seconds)
+    parallel = recipe.parallel
+    topology = connect(parallel.ep_size, parallel.timeout_seconds, sp_size=parallel.sp_size)
     # All ranks end together: the first one alone would let the others wait.
     if topology.any_rank(unreadable is not None):
         raise unreadable or DataError("the first rank cannot read evaluation.code.problems")
@@ -217,7 +218,7 @@ def build_run(
     topology = resolved.topology
     # Data first: they fail in a second, and an engine of many billion parameters takes minutes.
     plan = loader_plan(recipe, resolved.timeline)
-    loader = open_loader(recipe.data, datasets, plan, topology.rank, topology.world_size)
+    loader = open_loader(recipe.data, datasets, plan, topology.dp_rank, topology.dp_size)
     stream = datasets.validation_stream()
     held_out: Windows | None = None
     if stream:

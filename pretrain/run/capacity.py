@@ -96,7 +96,9 @@ def demand_of(config: ResolvedConfig, has_gpu: bool) -> Demand:
         recipe.optimizer,
     )
     activations = max(
-        activation_bytes(recipe.model, phase.recipe.train, recipe.train.precision)
+        activation_bytes(
+            recipe.model, phase.recipe.train, recipe.train.precision, recipe.parallel.sp_size
+        )
         for phase in config.timeline.phases
     )
     zero = config.ds_config.get("zero_optimization", {})

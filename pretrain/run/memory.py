@@ -49,13 +49,18 @@ def state_bytes_per_rank(
     return {name: int(value) for name, value in parts.items()} | {"total": int(sum(parts.values()))}
 
 
-def activation_bytes(config: ModelConfig, train: TrainConfig, precision: str) -> int:
+def activation_bytes(
+    config: ModelConfig, train: TrainConfig, precision: str, sp_size: int = 1
+) -> int:
     """Return roughly the bytes that one micro batch keeps for the backward pass.
 
     With activation checkpointing: the input of each block, and the working set of one block; with
     the selective one also what blocks keep of their products.
+
+    Args:
+        sp_size: ranks that share each sequence.
     """
-    tokens = train.micro_batch_size * train.sequence_length
+    tokens = train.micro_batch_size * train.sequence_length // sp_size
     width = 4 if precision == "fp32" else 2
     # Elements that attention keeps of a token: scores' inputs, values, and what some kinds add.
     attention = (

@@ -78,7 +78,8 @@ class Plan:
     @property
     def accumulation_steps(self) -> int:
         """Micro batches of a rank in one step, outside of phases."""
-        return _accumulation_steps(self.config.recipe.train, self.config.world_size)
+        recipe = self.config.recipe
+        return _accumulation_steps(recipe, recipe.train, self.config.world_size)
 
     def to_dict(self) -> JsonObject:
         """Return the plan as ``--json`` writes it."""
@@ -139,7 +140,8 @@ def make_plan(
     )
     # A phase of longer sequences may need more than the recipe outside of phases.
     activations = max(
-        activation_bytes(recipe.model, phase.recipe.train, precision) for phase in timeline.phases
+        activation_bytes(recipe.model, phase.recipe.train, precision, recipe.parallel.sp_size)
+        for phase in timeline.phases
     )
     # Only the steps ahead take time; a branch has the others from its parent run.
     tokens = timeline.num_tokens - timeline.tokens_after(first_step)
@@ -217,7 +219,7 @@ def plan_phases(recipe: Recipe, timeline: Timeline, world_size: int) -> list[Pha
                 tokens=phase.num_tokens,
                 steps=phase.num_steps,
                 global_batch_size=train.global_batch_size,
-                gradient_accumulation_steps=_accumulation_steps(train, world_size),
+                gradient_accumulation_steps=_accumulation_steps(recipe, train, world_size),
                 sequence_length=train.sequence_length,
                 first_learning_rate=first * peak,
                 last_learning_rate=last * peak,
@@ -229,5 +231,6 @@ def plan_phases(recipe: Recipe, timeline: Timeline, world_size: int) -> list[Pha
     return plans
 
 
-def _accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    return train.global_batch_size // (train.micro_batch_size * world_size)
+def _accumulation_steps(recipe: Recipe, train: TrainConfig, world_size: int) -> int:
+    dp_size = world_size // recipe.parallel.sp_size
+    return train.global_batch_size // (train.micro_batch_size * dp_size)

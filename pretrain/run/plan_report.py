@@ -58,8 +58,9 @@ def _plan_lines(plan: Plan) -> dict[str, str]:
         tokens += f" of {train.tokens_per_step:,}"
     if plan.first_step:
         tokens += f", the first {plan.first_step:,} of them the parent run's"
-    ep_size = config.recipe.parallel.ep_size
-    layout = f"ep_size {ep_size}, ZeRO {config.zero_stage}, {train.precision}"
+    parallel = config.recipe.parallel
+    shared = f", sp_size {parallel.sp_size}" if parallel.sp_size > 1 else ""
+    layout = f"ep_size {parallel.ep_size}{shared}, ZeRO {config.zero_stage}, {train.precision}"
     time = plan.estimate.basis
     if plan.estimate.seconds is not None:
         time = f"about {duration(plan.estimate.seconds)}, {time}"

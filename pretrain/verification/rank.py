@@ -84,7 +84,7 @@ def open_data(
     try:
         datasets = load_datasets(data_folders(recipe.data, recipe.data_path))
         plan = loader_plan(recipe, config.timeline)
-        loader = open_loader(recipe.data, datasets, plan, topology.rank, topology.world_size)
+        loader = open_loader(recipe.data, datasets, plan, topology.dp_rank, topology.dp_size)
     except DataError as error:
         return None, f"random tokens, because the run's data cannot be read: {error}"
     loader.resume(state["data"], step)
@@ -110,7 +110,7 @@ def random_batches(engine: Engine, step: int) -> list[Batch]:
     inputs = tokens[:, :-1].contiguous().split(train.micro_batch_size)
     labels = tokens[:, 1:].contiguous().split(train.micro_batch_size)
     topology = engine.topology
-    mine = range(topology.rank, len(inputs), topology.world_size)
+    mine = range(topology.dp_rank, len(inputs), topology.dp_size)
     if not engine.recipe.data.document_mask:
         return [Batch(inputs[index], labels[index]) for index in mine]
     # One document a sample.
@@ -168,7 +168,8 @@ def check(job: Job) -> None:
     checkpoint, folder = Path(job.checkpoint), Path(job.folder)
     config = resolve(job)
     share_cores()
-    topology = connect(config.recipe.parallel.ep_size)
+    parallel = config.recipe.parallel
+    topology = connect(parallel.ep_size, sp_size=parallel.sp_size)
     state = layout.read_state(checkpoint)
     loader, data = open_data(job, config, state, topology)
     # Ranks see the same files; one that does not would wait for others in vain.

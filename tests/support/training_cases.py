@@ -64,6 +64,7 @@ def case(
     ep_size: int,
     optimizer: str = SGD,
     overrides: tuple[str, ...] = (),
+    sp_size: int = 1,
     **extra: Any,
 ) -> Case:
     label = "-".join(
@@ -75,13 +76,19 @@ def case(
         ]
     )
     return {
-        "name": f"{label}/zero{zero}/ep{ep_size}",
+        "name": f"{label}/zero{zero}/ep{ep_size}" + f"/sp{sp_size}" * (sp_size > 1),
         "label": label,
         "zero": zero,
         # Enough that a wrong step shows in all later ones. Low precision is compared by the mean
         # loss of more of AdamW's; a balance bias needs more to move.
         "steps": 10 if optimizer == ADAMW or kind.endswith("_full") else 6,
-        "overrides": [*SIZES, KINDS[kind], optimizer, f"parallel.ep_size={ep_size}", *overrides],
+        "overrides": [
+            *SIZES,
+            KINDS[kind],
+            optimizer,
+            f"parallel={{ep_size: {ep_size}, sp_size: {sp_size}}}",
+            *overrides,
+        ],
         **extra,
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from pretrain.config.recipe import Recipe, TrainConfig
 from pretrain.config.rules.exchange import exchange_fits
+from pretrain.config.rules.sequence import sequence_is_shared_evenly
 from pretrain.config.rules.phases import PHASE_RULES, phase_warnings, phases_fill_the_run
 from pretrain.config.rules.routers import router_warnings
 from pretrain.config.rules.widths import base_fits_the_model, mup_knows_the_parts
@@ -310,6 +311,7 @@ def phases_can_run(recipe: Recipe) -> None:
             micro_batch_divides,
             rotary_dim_is_even,
             kernel_computes_the_recipe,
+            sequence_is_shared_evenly,
         ):
             try:
                 rule(now)
@@ -326,6 +328,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     layers_have_their_sections,
     sequence_fits_positions,
     micro_batch_divides,
+    sequence_is_shared_evenly,
     options_of_experts_fit,
     experts_divide,
     experts_go_with_dropout,
@@ -375,6 +378,12 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             f"start a multiple of {ep_size} ranks, or pass --set "
             f"parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
+    sp_size = recipe.parallel.sp_size
+    if world_size % sp_size:
+        raise ConfigError(
+            f"parallel.sp_size ({sp_size}) does not divide the number of ranks ({world_size}): "
+            f"start a multiple of {sp_size} ranks"
+        )
     # ZeRO 3 shards experts over all ranks, not only over those of one expert-parallel group.
     moe = recipe.model.moe
     if moe is not None and recipe.model.moe_layers:
@@ -396,19 +405,21 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             "inside what would be compiled: use ds_configs/zero2.json, or train.compile=none"
         )
     for phase in recipe.phases:
-        _accumulation(recipe_in_phase(recipe, phase).train, world_size, f"phases.{phase.name}: ")
-    return _accumulation(train, world_size)
+        _accumulation(recipe_in_phase(recipe, phase), world_size, f"phases.{phase.name}: ")
+    return _accumulation(recipe, world_size)
 
 
-def _accumulation(train: TrainConfig, world_size: int, where: str = "") -> int:
-    ranks_per_pass = train.micro_batch_size * world_size
-    if train.global_batch_size % ranks_per_pass:
+def _accumulation(recipe: Recipe, world_size: int, where: str = "") -> int:
+    train, sp_size = recipe.train, recipe.parallel.sp_size
+    sequences_per_pass = train.micro_batch_size * world_size // sp_size
+    if train.global_batch_size % sequences_per_pass:
+        shared = f" / sp_size ({sp_size})" if sp_size > 1 else ""
         raise ConfigError(
             f"{where}train.global_batch_size ({train.global_batch_size}) is no multiple of "
-            f"micro_batch_size x ranks ({train.micro_batch_size} x {world_size}): "
+            f"micro_batch_size x ranks ({train.micro_batch_size} x {world_size}){shared}: "
             "change the batch sizes or the number of ranks"
         )
-    return train.global_batch_size // ranks_per_pass
+    return train.global_batch_size // sequences_per_pass
 
 
 def expert_shards(recipe: Recipe, world_size: int, zero_stage: int) -> int:

@@ -85,6 +85,11 @@ class Attention(Component):
         return self.cached_per_token
 
     @property
+    def trained_key_heads(self) -> int:
+        """Heads of keys and values that a kernel gets in training."""
+        return self.num_attention_heads
+
+    @property
     @abstractmethod
     def widest_head(self) -> int:
         """Elements of the widest head that a kernel gets, in training or with a cache."""
@@ -150,6 +155,10 @@ class GroupedQueryAttentionConfig(Attention):
     @property
     def rotary_dim(self) -> int:
         return self.head_dim
+
+    @property
+    def trained_key_heads(self) -> int:
+        return self.num_key_value_heads
 
     @property
     def score_dim(self) -> int:

@@ -11,6 +11,7 @@ from pretrain.model.attention.config import GroupedQueryAttentionConfig
 from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
+from pretrain.model.attention.split_heads import attend
 from pretrain.model.config import ModelConfig
 from pretrain.model.norm import RMSNorm
 from pretrain.model.positions.interface import PositionTerms
@@ -100,7 +101,7 @@ class GroupedQueryAttention(nn.Module):
             dropout,
         )
         return self.o_proj(
-            self.kernel(q_BNSH, k_BMSH, v_BMSH, scores).transpose(1, 2).reshape(B, S, -1)
+            attend(self.kernel, q_BNSH, k_BMSH, v_BMSH, scores).transpose(1, 2).reshape(B, S, -1)
         )
 
     def _heads(self, x_BSX: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:

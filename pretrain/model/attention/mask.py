@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.nn import functional
 
+from pretrain.model.sequence_parallel import SequenceParallel
+
 Made = TypeVar("Made")
 
 
@@ -39,11 +41,13 @@ class AttentionMask:
             Padding is a document of its own. A document's tokens are neighbours.
         max_documents: at least the number of documents in all sequences together; that of their
             tokens by default. Known on the host, so that nobody waits for a device to count them.
+        sequence: the ranks that share the sequences; None if this one has all of their tokens.
     """
 
     offset: int = 0
     document_ids_BS: torch.Tensor | None = None
     max_documents: int | None = None
+    sequence: SequenceParallel | None = None
     # A cache; the mask itself does not change.
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 

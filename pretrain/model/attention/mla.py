@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pretrain.model.attention.config import MultiHeadLatentAttentionConfig
+from pretrain.model.attention import split_heads
 from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.kernels.config import kernel_section
 from pretrain.model.attention.mask import AttentionMask
@@ -160,7 +161,7 @@ class MultiHeadLatentAttention(nn.Module):
             (self.config.qk_nope_head_dim, self.config.v_head_dim), dim=-1
         )
         k_BNUX = torch.cat((k_BNUH, shared_keys_B1UR.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        return self.kernel(q_BNSX, k_BNUX, v_BNUV, scores)
+        return split_heads.attend(self.kernel, q_BNSX, k_BNUX, v_BNUV, scores)
 
     def _absorbed(
         self, q_BNSX: torch.Tensor, latents_B1UX: torch.Tensor, scores: Scores

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
+from pretrain.model.sequence_parallel import SequenceParallel
+
 
 class RouterStatistics(NamedTuple):
     """The routing of one micro batch by one layer; fp32, on the device, not synchronised.
@@ -79,7 +81,13 @@ class MoELayer:
 
     A mixin and no module, because the module's own class may be one of DeepSpeed's.
     ``forward(x_BSD, record, fractions_E)`` returns [B, S, D] and the router's statistics, or None.
+
+    Attributes:
+        sequence: the ranks that have the other tokens of the layer's sequences, for
+            ``router_statistics``; None if there are none.
     """
+
+    sequence: SequenceParallel | None = None
 
     @abstractmethod
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:

@@ -219,5 +219,11 @@ class DeepSpeedMoE(MoELayer, MoE):
         dropped = 1.0 - (experts_KT >= 0).float().mean()
         routing = gate.routing(x_BSD.reshape(-1, x_BSD.shape[-1]))
         return y_BSD, router_statistics(
-            self.config, routing, counts_E, x_BSD.shape[0], dropped, fractions_E
+            self.config,
+            routing,
+            counts_E,
+            x_BSD.shape[0],
+            dropped,
+            fractions_E,
+            self.sequence if self.training else None,
         )

@@ -14,6 +14,7 @@ import torch
 from pretrain.model.moe.base import RouterStatistics
 from pretrain.model.moe.config import RoutedMoE
 from pretrain.model.moe.router import Routing
+from pretrain.model.sequence_parallel import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,18 @@ class RoutedBatch:
         counts_E: fp32 tokens that chose each expert.
         fractions_E: choices of each expert per token, over the micro batch or the global batch;
             they sum to top_k.
+        mean_probs_E: the mean of the tokens' distributions over the micro batch.
         sequences: B; tokens are ordered sequence by sequence.
+        mean_of_parts: the mean over the ranks that share the sequences, of which ``routing`` and
+            ``counts_E`` have this rank's tokens only.
     """
 
     routing: Routing
     counts_E: torch.Tensor
     fractions_E: torch.Tensor
+    mean_probs_E: torch.Tensor
     sequences: int
+    mean_of_parts: Callable[[torch.Tensor], torch.Tensor]
 
     @property
     def num_experts(self) -> int:
@@ -50,11 +56,7 @@ def aux_loss(batch: RoutedBatch) -> torch.Tensor:
     Fedus et al. 2021, eq. 4, with f_e over all k choices as in Zoph et al. 2022. f is counted and
     has no gradient; it flows through the mean probabilities p alone.
     """
-    return (
-        batch.num_experts
-        / batch.top_k
-        * (batch.fractions_E * batch.routing.probs_TE.mean(dim=0)).sum()
-    )
+    return batch.num_experts / batch.top_k * (batch.fractions_E * batch.mean_probs_E).sum()
 
 
 def z_loss(batch: RoutedBatch) -> torch.Tensor:
@@ -76,10 +78,9 @@ def sequence_loss(batch: RoutedBatch) -> torch.Tensor:
     counts_BE = torch.zeros_like(probs_BSE[:, 0]).scatter_add(
         1, ids_BX, torch.ones_like(ids_BX, dtype=probs_BSE.dtype)
     )
-    fractions_BE = counts_BE / probs_BSE.shape[1]
-    return (
-        batch.num_experts / batch.top_k * (fractions_BE * probs_BSE.mean(dim=1)).sum(dim=-1).mean()
-    )
+    means_2BE = torch.stack((counts_BE / probs_BSE.shape[1], probs_BSE.mean(dim=1)))
+    fractions_BE, mean_probs_BE = batch.mean_of_parts(means_2BE)
+    return batch.num_experts / batch.top_k * (fractions_BE * mean_probs_BE).sum(dim=-1).mean()
 
 
 def cv_loss(batch: RoutedBatch) -> torch.Tensor:
@@ -92,6 +93,8 @@ def cv_loss(batch: RoutedBatch) -> torch.Tensor:
     importance_E = torch.zeros_like(batch.counts_E).scatter_add(
         0, ids_TK.reshape(-1), weights_TK.reshape(-1)
     )
+    # Of all ranks it is a multiple of the mean, which gives the same loss.
+    importance_E = batch.mean_of_parts(importance_E)
     # Population variance; the bound keeps an all-zero importance from dividing by zero.
     return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-20)
 
@@ -101,7 +104,7 @@ def entropy_loss(batch: RoutedBatch) -> torch.Tensor:
 
     Shen et al. 2023, ModuleFormer, eq. 5.
     """
-    mean_E = batch.routing.probs_TE.mean(dim=0)
+    mean_E = batch.mean_probs_E
     # xlogy is 0 at 0, where p * log(p) would be NaN.
     return math.log(batch.num_experts) + torch.special.xlogy(mean_E, mean_E).sum()
 
@@ -130,8 +133,12 @@ def router_statistics(
     sequences: int,
     dropped: torch.Tensor,
     fractions_E: torch.Tensor | None = None,
+    sequence: SequenceParallel | None = None,
 ) -> RouterStatistics:
     """Losses and statistics of one layer's routing of one micro batch; a loss without weight is 0.
+
+    If ranks share the sequences, the losses are of the whole micro batch, except the z-loss: that
+    is the mean of the ranks'. Everything else is of this rank's tokens.
 
     Args:
         counts_E: fp32 tokens that chose each expert, over all k choices.
@@ -139,16 +146,27 @@ def router_statistics(
         dropped: fp32 [] share of choices dropped, passed through.
         fractions_E: choices per token of each expert over the global batch; by default from
             ``counts_E``.
+        sequence: the ranks that share the micro batch's sequences.
     """
+    own_fractions_E = counts_E / routing.probs_TE.shape[0]
+    mean_probs_E = routing.probs_TE.mean(dim=0)
+    mean_of_parts = _unchanged if sequence is None else sequence.mean
+    if sequence is not None:
+        # One collective for both.
+        own_fractions_E, mean_probs_E = sequence.mean(torch.stack((own_fractions_E, mean_probs_E)))
     if fractions_E is None:
-        fractions_E = counts_E / routing.probs_TE.shape[0]
-    batch = RoutedBatch(routing, counts_E, fractions_E, sequences)
+        fractions_E = own_fractions_E
+    batch = RoutedBatch(routing, counts_E, fractions_E, mean_probs_E, sequences, mean_of_parts)
     zero = counts_E.new_zeros(())
     losses = [
         LOSSES[name](batch) if weight or name in ALWAYS_COMPUTED else zero
         for name, weight in loss_weights(config).items()
     ]
     return RouterStatistics(torch.stack(losses), counts_E, _mean_entropy(routing), dropped)
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 @torch.no_grad()

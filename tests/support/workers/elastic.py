@@ -57,7 +57,7 @@ def _train(
     topology = engine.topology
     results = []
     for number in range(first_step, first_step + steps):
-        batches = synthetic_step(recipe, number, topology.rank, topology.world_size)
+        batches = synthetic_step(recipe, number, topology.dp_rank, topology.dp_size)
         results.append(engine.train_step(batches, 1.0, rate))
     losses, _ = reduce_steps(results, topology)
     return [loss.total for loss in losses], [result.grad_norm for result in results]

@@ -42,7 +42,7 @@ class Run:
         )
 
     def batches(self, step: int) -> list[Any]:
-        return synthetic_step(self.recipe, step, self.topology.rank, self.topology.world_size)
+        return synthetic_step(self.recipe, step, self.topology.dp_rank, self.topology.dp_size)
 
     def train(self, steps: int) -> list[list[Any]]:
         """Losses, gradient norm and the experts' counts of each step; always on the same batch, so

@@ -68,7 +68,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
                 hook.remove()
         before = whole_weights(engine)
         for step in range(stage.first_step, stage.end_step):
-            batches = synthetic_step(stage.recipe, step, topology.rank, topology.world_size)
+            batches = synthetic_step(stage.recipe, step, topology.dp_rank, topology.dp_size)
             if (
                 case["zero"] == 0
                 and topology.world_size == 1
@@ -87,7 +87,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             }
         moved[stage.name] = parts
         nll, tokens = engine.evaluate(
-            synthetic_step(stage.recipe, 77, topology.rank, topology.world_size)
+            synthetic_step(stage.recipe, 77, topology.dp_rank, topology.dp_size)
         )
         validations.append(nll / tokens)
     losses = reduce_losses(results, engine)

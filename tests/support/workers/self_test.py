@@ -31,7 +31,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             fault = str(error)
     engine.enter(timeline.at(0))
     results = [
-        engine.train_step(synthetic_step(recipe, step, topology.rank, topology.world_size), 1.0)
+        engine.train_step(synthetic_step(recipe, step, topology.dp_rank, topology.dp_size), 1.0)
         for step in range(2)
     ]
     losses, _ = reduce_steps(results, topology)

@@ -73,7 +73,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     rate = 0.01 if getattr(recipe.model.moe, "bias_balancing", None) else 0.0
 
     def batches(step: int) -> list[Any]:
-        return synthetic_step(recipe, step, engine.topology.rank, engine.topology.world_size)
+        return synthetic_step(recipe, step, engine.topology.dp_rank, engine.topology.dp_size)
 
     def step(number: int, **options: Any) -> dict[str, Any]:
         result = engine.train_step(batches(number), 1.0, rate, **options)

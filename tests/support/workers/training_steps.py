@@ -30,6 +30,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.engine import build
 from pretrain.engine.engine import Engine
 from pretrain.engine.step import reduce_steps
+from pretrain.model.moe.base import MoELayer
 from pretrain.model.moe.tables.products import Factors
 from tests.support.rank_worker import make_engine
 
@@ -103,6 +104,10 @@ def sabotage(engine: Engine, kind: str) -> None:
                 matrices[:] = [
                     matrix._replace(rows=matrix.columns, columns=matrix.rows) for matrix in matrices
                 ]
+    elif kind == "router_means_left_out":  # balancing then looks at a rank's part of a sequence
+        for module in engine.model.modules():
+            if isinstance(module, MoELayer):
+                module.sequence = None
     elif kind == "marks_kept":  # Muon then looks only at this rank's part of a gradient
         muon = engine.optimizer.optimizer
         muon._marked_update = lambda gradient, momentum: torch.cat(
@@ -199,14 +204,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         before = whole_weights(engine) if step == 0 and "changes" in case else None
         balancing = getattr(recipe.model.moe, "bias_balancing", None)
         rate = balancing.update_rate if balancing is not None else 0.0
-        batches = synthetic_step(recipe, step, topology.rank, topology.world_size)
+        batches = synthetic_step(recipe, step, topology.dp_rank, topology.dp_size)
         with counted_collectives() as collectives:
             results.append(engine.train_step(batches, 1.0, rate))
         if before is not None:
             for part in topology.all_gather(describe_changes(before, whole_weights(engine))):
                 changes |= part
     losses, _ = reduce_steps(results, topology)
-    nll, tokens = engine.evaluate(synthetic_step(recipe, 77, topology.rank, topology.world_size))
+    nll, tokens = engine.evaluate(synthetic_step(recipe, 77, topology.dp_rank, topology.dp_size))
     return {
         "name": case["name"],
         "nll": [loss.cross_entropy for loss in losses],

@@ -49,7 +49,7 @@ def losses(engine: Engine, first: int, last: int) -> list[list[float]]:
     rate = 0.0 if balancing is None else balancing.update_rate
     steps = [
         engine.train_step(
-            synthetic_step(engine.recipe, step, topology.rank, topology.world_size), 1.0, rate
+            synthetic_step(engine.recipe, step, topology.dp_rank, topology.dp_size), 1.0, rate
         )
         for step in range(first, last)
     ]
