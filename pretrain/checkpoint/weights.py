@@ -19,6 +19,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.core.errors import CheckpointError
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.tensor_shards import shard_of
 
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
@@ -28,7 +29,7 @@ _NAME = re.compile(r"^(?P<kind>[a-z]+)-\d{5}-of-(?P<parts>\d{5})\.safetensors$")
 
 def is_expert(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed's layers marked a parameter as belonging to routed experts."""
-    return not getattr(parameter, "allreduce", True)
+    return not getattr(parameter, "allreduce", True) and shard_of(parameter) is None
 
 
 def global_name(name: str, first_expert: int, model: ModelConfig) -> str:

@@ -153,12 +153,24 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How the ranks share the model. ZeRO is in the ds_config."""
 
+    @property
+    def token_parts(self) -> int:
+        """Ranks that share each sequence."""
+        return self.sp_size * self.tp_size
+
     ep_size: Ranks = Field(1, description="ranks that share one set of experts")
     sp_size: Ranks = Field(
         1,
         description=(
             "ranks that share each sequence, for lengths that do not fit on one: each computes a "
             "part of the tokens, and in attention a part of the heads (DeepSpeed Ulysses)"
+        ),
+    )
+    tp_size: Ranks = Field(
+        1,
+        description=(
+            "ranks that share the matrices of attention, of dense and shared feed-forwards, and "
+            "the vocabulary, each with a part of the tokens too (Megatron's tensor parallelism)"
         ),
     )
     timeout_seconds: Annotated[float, Field(ge=2)] = Field(

@@ -9,8 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import groups
-from torch import distributed, nn
+from torch import nn
 
 from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
@@ -20,6 +19,7 @@ from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import without_monitors
+from pretrain.engine.shard_groups import ShardGroups
 from pretrain.engine.topology import Topology
 from pretrain.engine.workarounds.compiled_muon import import_muon_without_compiler
 from pretrain.engine.workarounds.compiled_optimizers import leave_compiler_out_of_optimizers
@@ -30,7 +30,7 @@ from pretrain.model.attention.kernels.base import chosen_kernel, gpu_capability
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.init import initialize
-from pretrain.model.sequence_parallel import SequenceParallel
+from pretrain.model.token_parallel import SequenceParallel, TensorParallel, TokenParts
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.matrix_shards import MatrixOptimizer
 
@@ -169,23 +169,32 @@ def check_buckets(model: nn.Module, zero: JsonObject, device: torch.device) -> N
 
 
 def share_sequences(model: DecoderLM, topology: Topology) -> None:
-    """Let neighbouring ranks share sequences, if the topology says so. Every rank must call it."""
-    size = topology.sp_size
-    firsts = range(0, topology.world_size, size)
-    group = topology.own_group([range(first, first + size) for first in firsts])
-    if group is not None:
-        parts = SequenceParallel(group.group_name, topology.sequence_part, size)
-        model.share_sequences(parts)
+    """Let neighbouring ranks share sequences and tensors, if the topology says so.
+
+    Every rank must call it, after the model has its weights.
+    """
+    sp_size, tp_size, parts = topology.sp_size, topology.tp_size, topology.token_parts
+    firsts = range(0, topology.world_size, parts)
+    everyone = topology.own_group([range(first, first + parts) for first in firsts])
+    heads = topology.own_group(
+        [range(first + i, first + parts, tp_size) for first in firsts for i in range(tp_size)]
+    )
+    # Neighbours, so that the tokens they gather follow each other.
+    tensors = topology.own_group(
+        [range(first, first + tp_size) for first in range(0, topology.world_size, tp_size)]
+    )
+    if everyone is None:
+        return
+    part = topology.token_part
+    model.share(
+        TokenParts(everyone.group_name, part, parts),
+        None if heads is None else SequenceParallel(heads.group_name, part // tp_size, sp_size),
+        None if tensors is None else TensorParallel(tensors.group_name, part % tp_size, tp_size),
+    )
+    if tp_size > 1:
+        model.add_module("shard_groups", ShardGroups(tp_size))
 
 
 def stage_of(ds_config: JsonObject) -> int:
     """The ZeRO stage of a resolved ds_config."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
-
-
-def expert_group(topology: Topology) -> distributed.ProcessGroup | None:
-    """The ranks that share one set of experts of DeepSpeed's layers; None if each rank has all."""
-    if topology.ep_size == 1:
-        return None
-    # Created by DeepSpeed when it met the first expert-parallel layer, under this name.
-    return groups._get_expert_parallel_group(f"ep_size_{topology.ep_size}")

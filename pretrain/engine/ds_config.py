@@ -102,7 +102,7 @@ def resolve_ds_config(
             )
         section[keys[-1]] = value
     # For DeepSpeed all ranks are data parallel: to it, ranks that share a sequence have one each.
-    resolved["train_batch_size"] *= recipe.parallel.sp_size
+    resolved["train_batch_size"] *= recipe.parallel.token_parts
     _check_gradients(resolved, origin, precision)
     resolved |= ALLOW_ANY_OPTIMIZER
     # DeepSpeed's own progress lines would interrupt ours.

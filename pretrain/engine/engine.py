@@ -18,7 +18,6 @@ from pretrain.engine.balance import BalanceBiases
 from pretrain.engine.build import (
     WeightLoader,
     build_model,
-    expert_group,
     expert_shard,
     frozen_names,
     leave_compiler_out,
@@ -159,9 +158,6 @@ class Engine:
         if self.zero_stage == 0:
             self._stage0 = Stage0Clipping(
                 model=self.model,
-                # PEER's experts are no parameters of the model any more, so none is counted as an
-                # expert here.
-                expert_group=None if tables else expert_group(self.topology),
                 max_norm=max_norm,
                 precision=self.precision,
                 loss_scale=self.loss_scale,
@@ -309,7 +305,7 @@ class Engine:
         return EngineCounts(
             steps=self.deepspeed.global_steps,
             # DeepSpeed takes the parts of a sequence on several ranks for one sample each.
-            samples=self.deepspeed.global_samples // self.topology.sp_size,
+            samples=self.deepspeed.global_samples // self.topology.token_parts,
             skipped=self.deepspeed.skipped_steps,
             loss_scale=self.loss_scale.state(),
         )
@@ -317,7 +313,7 @@ class Engine:
     def restore_counts(self, counts: EngineCounts) -> None:
         """Continue to count from a checkpoint's :meth:`counts`."""
         self.deepspeed.global_steps = counts["steps"]
-        self.deepspeed.global_samples = counts["samples"] * self.topology.sp_size
+        self.deepspeed.global_samples = counts["samples"] * self.topology.token_parts
         self.deepspeed.skipped_steps = counts["skipped"]
         self.loss_scale.load(counts["loss_scale"])
 
@@ -377,7 +373,7 @@ class Engine:
         sizes = self.phase_recipe.train
         if not self.recipe.data.leaves_out_labels:
             tokens = sizes.micro_batch_size * sizes.sequence_length
-            return float(tokens // self.topology.sp_size)
+            return float(tokens // self.topology.token_parts)
         own = [self.model.own_tokens(batch.labels_BS) for batch in batches]
         counted = torch.stack([(labels_BS >= 0).sum() for labels_BS in own]).sum()
         micro_batches = len(batches) * self.topology.world_size
@@ -393,7 +389,7 @@ class Engine:
         """
         topology, step = self.topology, self.deepspeed.global_steps
         micro_batch = topology.dp_rank + number * topology.dp_size
-        part = f" part {topology.sequence_part}" if topology.sp_size > 1 else ""
+        part = f" part {topology.token_part}" if topology.token_parts > 1 else ""
         torch.manual_seed(
             derived_seed(f"{self.recipe.seed} micro batch {step} {micro_batch}{part}")
         )

@@ -51,7 +51,8 @@ class Topology:
     """This process's rank, and collectives over all ranks.
 
     Expert-parallel groups are ``ep_size`` neighbouring ranks, as DeepSpeed builds them, and so are
-    the ``sp_size`` ranks that share the sequences of a micro batch.
+    the ranks that share the sequences of a micro batch: ``sp_size`` times ``tp_size`` neighbours
+    that share tensors.
     """
 
     rank: int
@@ -59,21 +60,27 @@ class Topology:
     ep_size: int
     device: torch.device
     sp_size: int = 1
+    tp_size: int = 1
+
+    @property
+    def token_parts(self) -> int:
+        """How many ranks share each sequence."""
+        return self.sp_size * self.tp_size
+
+    @property
+    def token_part(self) -> int:
+        """Which part of its sequences' tokens this rank computes, from 0."""
+        return self.rank % self.token_parts
 
     @property
     def dp_size(self) -> int:
         """How many micro batches are computed at the same time."""
-        return self.world_size // self.sp_size
+        return self.world_size // self.token_parts
 
     @property
     def dp_rank(self) -> int:
         """Which of them this rank computes, whole or a part of its tokens."""
-        return self.rank // self.sp_size
-
-    @property
-    def sequence_part(self) -> int:
-        """Which part of its sequences this rank computes, from 0."""
-        return self.rank % self.sp_size
+        return self.rank // self.token_parts
 
     @property
     def is_main(self) -> bool:
@@ -217,6 +224,7 @@ def connect(
     timeout_seconds: float = 300.0,
     connect_seconds: float = CONNECT_SECONDS,
     sp_size: int = 1,
+    tp_size: int = 1,
 ) -> Topology:
     """Join all processes into torch's default group, and choose this process's device.
 
@@ -258,6 +266,7 @@ def connect(
         ep_size=ep_size,
         device=torch.device(accelerator.current_device_name()),
         sp_size=sp_size,
+        tp_size=tp_size,
     )
 
 

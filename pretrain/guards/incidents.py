@@ -193,7 +193,7 @@ class IncidentLog:
         found = []
         for suspect in suspects:
             # Number k of data-parallel rank r is micro batch r + k * ranks of the step.
-            dp_rank = suspect.rank // self.topology.sp_size
+            dp_rank = suspect.rank // self.topology.token_parts
             first = (dp_rank + suspect.micro_batch * ranks) * size
             sequences = tuple(describe(origin) for origin in origins[first : first + size])
             found.append(replace(suspect, sequences=sequences))

@@ -14,7 +14,9 @@ from torch.nn import functional
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import RouterStatistics, RoutingRecord
+from pretrain.model.moe.shared_experts import SharedExperts
 from pretrain.model.positions.interface import PositionTerms
+from pretrain.model.token_parallel import TensorParallel
 
 
 class Block(nn.Module):
@@ -31,6 +33,7 @@ class Block(nn.Module):
         self.attention_norm = norm(config.hidden_size, config.norm.eps)
         self.attention = config.attention.implementing_class()(config, layer)
         self.feed_forward_norm = norm(config.hidden_size, config.norm.eps)
+        self._tensor: TensorParallel | None = None
         self.is_moe = config.layer_pattern.is_moe(layer)
         if self.is_moe:
             assert config.moe is not None
@@ -44,6 +47,16 @@ class Block(nn.Module):
                 config.intermediate_size,
                 config.dropout.feed_forward,
             )
+
+    def share(self, tensor: TensorParallel) -> None:
+        """Keep this rank's heads, and its hidden units of feed-forwards that see every token."""
+        self._tensor = tensor
+        self.attention.share(tensor)
+        for module in self.feed_forward.modules():
+            if isinstance(module, SharedExperts):
+                module.feed_forward.share(tensor)
+        if not self.is_moe:
+            self.feed_forward.share(tensor)
 
     def forward(
         self,
@@ -77,7 +90,12 @@ class Block(nn.Module):
         A method of its own, because ``torch.compile`` is applied to it alone in MoE blocks.
         """
         hidden_BSD = self.attention_norm(x_BSD) if self.pre_norm else x_BSD
-        x_BSD = x_BSD + self._dropped(self.attention(hidden_BSD, positions, mask, cache))
+        if self._tensor is not None:
+            hidden_BSD = self._tensor.gather(hidden_BSD, dim=1)
+        y_BSD = self.attention(hidden_BSD, positions, mask, cache)
+        if self._tensor is not None:
+            y_BSD = self._tensor.scatter_sum(y_BSD, dim=1)
+        x_BSD = x_BSD + self._dropped(y_BSD)
         return x_BSD if self.pre_norm else self.attention_norm(x_BSD)
 
     def _dropped(self, y_BSD: torch.Tensor) -> torch.Tensor:

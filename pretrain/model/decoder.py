@@ -21,7 +21,7 @@ from pretrain.model.moe.losses import loss_weights
 from pretrain.model.multi_token import MultiTokenBlock, shifted_by_one
 from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.recomputation import contexts
-from pretrain.model.sequence_parallel import SequenceParallel
+from pretrain.model.token_parallel import SequenceParallel, TensorParallel, TokenParts
 
 
 class RouterTotals(NamedTuple):
@@ -149,19 +149,39 @@ class DecoderLM(nn.Module):
             self.head.weight = self.embedding.weight
         # Set by what compiles blocks.
         self.compiled = False
+        self._parts: TokenParts | None = None
         self._sequence: SequenceParallel | None = None
+        self._tensor: TensorParallel | None = None
         _check_roles(self)
 
-    def share_sequences(self, sequence: SequenceParallel) -> None:
-        """Let :meth:`forward` compute this rank's part of sequences that several ranks get."""
-        self._sequence = sequence
+    def share(
+        self,
+        parts: TokenParts,
+        sequence: SequenceParallel | None,
+        tensor: TensorParallel | None,
+    ) -> None:
+        """Let :meth:`forward` compute this rank's part of sequences that several ranks get.
+
+        Args:
+            parts: all ranks that get them; neighbours among them share tensors.
+            sequence: the ranks that compute heads in parts, over whole sequences.
+            tensor: the ranks that share tensors: this one keeps its part of them. To be given once.
+        """
+        self._parts, self._sequence, self._tensor = parts, sequence, tensor
         for module in self.modules():
             if isinstance(module, MoELayer):
-                module.sequence = sequence
+                module.token_parts = parts
+        if tensor is not None:
+            self.embedding.share(tensor)
+            tied = self.embedding.weight if self.config.tie_word_embeddings else None
+            self.head.share(tensor, tied)
+            for module in self.modules():
+                if isinstance(module, Block):
+                    module.share(tensor)
 
     def own_tokens(self, x_BS: torch.Tensor) -> torch.Tensor:
         """The tokens [B, S] that :meth:`forward` computes here, of all that it is given."""
-        return x_BS if self._sequence is None else self._sequence.own(x_BS)
+        return x_BS if self._parts is None else self._parts.own(x_BS)
 
     def forward(
         self,
@@ -193,12 +213,8 @@ class DecoderLM(nn.Module):
         multi_token = self.multi_token if self.training else None
         # Before the cut: the last token of a rank's part is followed by the first of the next.
         shifted = None if multi_token is None else shifted_by_one(input_ids_BS, labels_BS)
-        if self._sequence is not None:
-            if position_ids_BS is None:
-                position_ids_BS = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
-            position_ids_BS = self._sequence.own(position_ids_BS, dim=-1)
-            input_ids_BS, labels_BS = self.own_tokens(input_ids_BS), self.own_tokens(labels_BS)
         place = self._place(input_ids_BS, mask, position_ids_BS)
+        input_ids_BS, labels_BS = self.own_tokens(input_ids_BS), self.own_tokens(labels_BS)
         x_BSD, statistics = self._trunk(input_ids_BS, place, None, fractions_LE)
         loss, nll = self.head(self._normed(x_BSD), labels_BS)
         multi_token_nll: torch.Tensor | None = None
@@ -243,7 +259,14 @@ class DecoderLM(nn.Module):
             positions = torch.arange(
                 mask.offset, mask.offset + input_ids_BS.shape[1], device=input_ids_BS.device
             )
-        return _Place(positions, self.position.terms(positions), mask)
+        # Attention has the tokens of all ranks that share tensors, everything else its own.
+        in_attention = positions if mask.sequence is None else mask.sequence.own(positions, dim=-1)
+        terms = self.position.terms(in_attention)
+        if self._tensor is not None and terms.slopes_N is not None:
+            terms = terms._replace(slopes_N=self._tensor.own(terms.slopes_N, dim=0))
+        if self._parts is not None:
+            positions = self._parts.own(positions, dim=-1)
+        return _Place(positions, terms, mask)
 
     def _trunk(
         self,

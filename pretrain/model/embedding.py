@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
+from pretrain.model.tensor_shards import cut, embed_shard
+from pretrain.model.token_parallel import TensorParallel
 
 
 class TokenEmbedding(nn.Module):
@@ -23,15 +25,24 @@ class TokenEmbedding(nn.Module):
         self.projection = (
             nn.Parameter(torch.empty(config.hidden_size, size)) if config.embedding_size else None
         )
+        self._tensor: TensorParallel | None = None
 
     @property
     def size(self) -> int:
         """Elements of one row, e."""
         return self.weight.shape[1]
 
+    def share(self, tensor: TensorParallel) -> None:
+        """Keep this rank's rows."""
+        self._tensor = tensor
+        cut(self, "weight", 0, tensor)
+
     def forward(self, input_ids_BS: torch.Tensor) -> torch.Tensor:
         """Token ids [B, S] -> [B, S, D]."""
-        x = functional.embedding(input_ids_BS, self.weight)
+        if self._tensor is None:
+            x = functional.embedding(input_ids_BS, self.weight)
+        else:
+            x = embed_shard(self.weight, input_ids_BS, self._tensor)
         return x if self.projection is None else functional.linear(x, self.projection)
 
     def reduce(self, x_BSD: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from pretrain.model.config import Clamped, FeedForwardConfig, GELUConfig
 from pretrain.model.kernels.gated import gated, use_fused_gate
+from pretrain.model.tensor_shards import cut_columns, cut_rows
+from pretrain.model.token_parallel import TensorParallel
 
 
 class FeedForward(nn.Module, ABC):
@@ -32,6 +34,13 @@ class FeedForward(nn.Module, ABC):
         self.gate_proj = nn.Linear(hidden_size, rows, bias=config.bias) if config.gated else None
         self.up_proj = nn.Linear(hidden_size, rows, bias=config.bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.bias)
+        self._tensor: TensorParallel | None = None
+
+    def share(self, tensor: TensorParallel) -> None:
+        """Keep this rank's part of the hidden units."""
+        self._tensor = tensor
+        cut_columns(tensor, self.gate_proj, self.up_proj)
+        cut_rows(tensor, self.down_proj)
 
     @staticmethod
     @abstractmethod
@@ -44,11 +53,15 @@ class FeedForward(nn.Module, ABC):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
+        if self._tensor is not None:
+            x = self._tensor.gather(x, dim=x.dim() - 2)
         up = self.up_proj(x)
         # Without a gate: the whole product and an empty tensor, which activate() concatenates.
         first, second = (self.gate_proj(x), up) if self.gate_proj is not None else (up, up[..., :0])
         hidden = self.activate(self.config, first, second)
         y = self.down_proj(functional.dropout(hidden, self.dropout, self.training))
+        if self._tensor is not None:
+            y = self._tensor.scatter_sum(y, dim=y.dim() - 2)
         return functional.dropout(y, self.output_dropout, self.training)
 
 

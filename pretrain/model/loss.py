@@ -9,12 +9,16 @@ plain PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from pretrain.model.kernels.selection import use_fused
+from pretrain.model.sharded_loss import IGNORED_LABEL, sharded_chunk_losses
+from pretrain.model.tensor_shards import cut
+from pretrain.model.token_parallel import TensorParallel
 
 # Logits [C, V], labels [C] and the weight of the z-loss -> nll, loss and gradient [C, V] in the
 # logits' dtype, and perhaps in their memory.
@@ -23,8 +27,6 @@ ChunkLosses = Callable[
 ]
 # Logits whose loss is computed at once on a CPU: 8 MB in fp32, of an L3 cache of some tens.
 CACHED_LOGITS = 2**21
-# The value that torch's cross-entropy ignores by default.
-IGNORED_LABEL = -100
 
 
 def plain_chunk_losses(
@@ -204,6 +206,24 @@ class LanguageModelHead(nn.Module):
         self.z_loss_weight = z_loss_weight
         # An attribute, so that torch.compile can take its place.
         self.chunk_losses: ChunkLosses = chunk_losses
+        self._tensor: TensorParallel | None = None
+
+    def share(self, tensor: TensorParallel, tied: nn.Parameter | None) -> None:
+        """Keep this rank's rows.
+
+        Args:
+            tied: the embedding's, if the weight is the same one.
+        """
+        self._tensor = tensor
+        if tied is None:
+            cut(self, "weight", 0, tensor)
+        else:
+            self.weight = tied
+        if self.bias is not None:
+            cut(self, "bias", 0, tensor)
+        first = tensor.part * len(self.weight)
+        self.vocab_size = min(self.vocab_size - first, len(self.weight))
+        self.chunk_losses = partial(sharded_chunk_losses, tensor=tensor, first=first)
 
     def forward(
         self, x_BSE: torch.Tensor, labels_BS: torch.Tensor | None = None
@@ -217,6 +237,8 @@ class LanguageModelHead(nn.Module):
         if labels_BS is None:
             bias = None if self.bias is None else self.bias[: self.vocab_size]
             return functional.linear(x_BSE, self.weight[: self.vocab_size], bias).float()
+        if self._tensor is not None:
+            x_BSE, labels_BS = (self._tensor.gather(each, dim=1) for each in (x_BSE, labels_BS))
         x_TE = x_BSE.reshape(-1, x_BSE.shape[-1])
         # Inside an autograd function the gradient mode is always off, so it is asked for here.
         needs_gradient = torch.is_grad_enabled()

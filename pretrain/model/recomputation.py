@@ -37,6 +37,7 @@ KEPT = frozenset(
         "flash_attn::_flash_attn_forward flash_attn::_flash_attn_varlen_forward "
         # exchanges between the ranks that share a sequence
         "pretrain::exchange_parts pretrain::mean_of_ranks "
+        "pretrain::gather_parts pretrain::scatter_sums "
     ).split()
 )
 

@@ -155,7 +155,12 @@ def resolve_run(recipe: Recipe, ds_config: JsonObject, origin: str) -> ResolvedR
         # Before the first CUDA kernel: cuBLAS reads its workspace size once.
         be_deterministic()
     parallel = recipe.parallel
-    topology = connect(parallel.ep_size, parallel.timeout_seconds, sp_size=parallel.sp_size)
+    topology = connect(
+        parallel.ep_size,
+        parallel.timeout_seconds,
+        sp_size=parallel.sp_size,
+        tp_size=parallel.tp_size,
+    )
     # All ranks end together: the first one alone would let the others wait.
     if topology.any_rank(unreadable is not None):
         raise unreadable or DataError("the first rank cannot read evaluation.code.problems")

@@ -97,7 +97,7 @@ def demand_of(config: ResolvedConfig, has_gpu: bool) -> Demand:
     )
     activations = max(
         activation_bytes(
-            recipe.model, phase.recipe.train, recipe.train.precision, recipe.parallel.sp_size
+            recipe.model, phase.recipe.train, recipe.train.precision, recipe.parallel.token_parts
         )
         for phase in config.timeline.phases
     )

@@ -140,7 +140,7 @@ def make_plan(
     )
     # A phase of longer sequences may need more than the recipe outside of phases.
     activations = max(
-        activation_bytes(recipe.model, phase.recipe.train, precision, recipe.parallel.sp_size)
+        activation_bytes(recipe.model, phase.recipe.train, precision, recipe.parallel.token_parts)
         for phase in timeline.phases
     )
     # Only the steps ahead take time; a branch has the others from its parent run.
@@ -232,5 +232,5 @@ def plan_phases(recipe: Recipe, timeline: Timeline, world_size: int) -> list[Pha
 
 
 def _accumulation_steps(recipe: Recipe, train: TrainConfig, world_size: int) -> int:
-    dp_size = world_size // recipe.parallel.sp_size
+    dp_size = world_size // recipe.parallel.token_parts
     return train.global_batch_size // (train.micro_batch_size * dp_size)

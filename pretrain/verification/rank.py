@@ -169,7 +169,7 @@ def check(job: Job) -> None:
     config = resolve(job)
     share_cores()
     parallel = config.recipe.parallel
-    topology = connect(parallel.ep_size, sp_size=parallel.sp_size)
+    topology = connect(parallel.ep_size, sp_size=parallel.sp_size, tp_size=parallel.tp_size)
     state = layout.read_state(checkpoint)
     loader, data = open_data(job, config, state, topology)
     # Ranks see the same files; one that does not would wait for others in vain.

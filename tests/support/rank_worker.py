@@ -33,7 +33,8 @@ def make_engine(
     ``sections`` are further sections of the ds_config.
     """
     forget_expert_groups()
-    topology = connect(recipe.parallel.ep_size, sp_size=recipe.parallel.sp_size)
+    parallel = recipe.parallel
+    topology = connect(parallel.ep_size, sp_size=parallel.sp_size, tp_size=parallel.tp_size)
     accumulation = check_topology(recipe, topology.world_size, zero)
     precision = resolve_precision(recipe.train.precision)
     ds_config = {"zero_optimization": {"stage": zero}, **(sections or {})}

@@ -65,6 +65,7 @@ def case(
     optimizer: str = SGD,
     overrides: tuple[str, ...] = (),
     sp_size: int = 1,
+    tp_size: int = 1,
     **extra: Any,
 ) -> Case:
     label = "-".join(
@@ -76,7 +77,9 @@ def case(
         ]
     )
     return {
-        "name": f"{label}/zero{zero}/ep{ep_size}" + f"/sp{sp_size}" * (sp_size > 1),
+        "name": f"{label}/zero{zero}/ep{ep_size}"
+        + f"/sp{sp_size}" * (sp_size > 1)
+        + f"/tp{tp_size}" * (tp_size > 1),
         "label": label,
         "zero": zero,
         # Enough that a wrong step shows in all later ones. Low precision is compared by the mean
@@ -86,7 +89,7 @@ def case(
             *SIZES,
             KINDS[kind],
             optimizer,
-            f"parallel={{ep_size: {ep_size}, sp_size: {sp_size}}}",
+            f"parallel={{ep_size: {ep_size}, sp_size: {sp_size}, tp_size: {tp_size}}}",
             *overrides,
         ],
         **extra,

@@ -378,7 +378,7 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             f"start a multiple of {ep_size} ranks, or pass --set "
             f"parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
-    sp_size = recipe.parallel.sp_size
+    sp_size = recipe.parallel.token_parts
     if world_size % sp_size:
         raise ConfigError(
             f"parallel.sp_size ({sp_size}) does not divide the number of ranks ({world_size}): "
@@ -410,7 +410,7 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
 
 
 def _accumulation(recipe: Recipe, world_size: int, where: str = "") -> int:
-    train, sp_size = recipe.train, recipe.parallel.sp_size
+    train, sp_size = recipe.train, recipe.parallel.token_parts
     sequences_per_pass = train.micro_batch_size * world_size // sp_size
     if train.global_batch_size % sequences_per_pass:
         shared = f" / sp_size ({sp_size})" if sp_size > 1 else ""

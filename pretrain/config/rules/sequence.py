@@ -8,7 +8,7 @@ from pretrain.core.errors import ConfigError
 
 def sequence_is_shared_evenly(recipe: Recipe) -> None:
     """Each of the sp_size ranks must have as many tokens and heads as the others."""
-    size = recipe.parallel.sp_size
+    size = recipe.parallel.token_parts
     length = recipe.train.sequence_length
     if length % size:
         raise ConfigError(

@@ -16,6 +16,8 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.norm import RMSNorm
 from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.positions.rope import apply_rope_to_both
+from pretrain.model.tensor_shards import cut, cut_columns, cut_rows, own_rows
+from pretrain.model.token_parallel import TensorParallel
 
 
 class KeyValueCache:
@@ -61,8 +63,25 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(sizes[0], model.norm.eps) if sizes else None
         self.k_norm = RMSNorm(sizes[1], model.norm.eps) if sizes else None
         self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.sinks else None
+        self._key_rows: slice | None = None
         # On the meta device a model is only counted: the kernel's package may be missing then.
         self.kernel = attention_kernel(config.kernel, self.q_proj.weight.device)
+
+    def share(self, tensor: TensorParallel) -> None:
+        """Keep this rank's heads; key heads are whole on every rank if there are fewer than ranks.
+
+        Their gradients are then the sums of what each rank's heads add.
+        """
+        cut_columns(tensor, self.q_proj)
+        cut_rows(tensor, self.o_proj)
+        if self.sinks is not None:
+            cut(self, "sinks", 0, tensor)
+        heads, size = self.config.num_key_value_heads, self.config.head_dim
+        if heads % tensor.parts == 0:
+            cut_columns(tensor, self.k_proj, self.v_proj)
+        else:
+            first = tensor.part * heads // tensor.parts * size
+            self._key_rows = slice(first, first + size)
 
     def new_cache(
         self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
@@ -84,8 +103,11 @@ class GroupedQueryAttention(nn.Module):
         """[B, S, D] -> [B, S, D]; ``positions`` are the terms of these S tokens."""
         B, S, _ = x_BSD.shape
         q_BNSH = self._heads(self.q_proj(x_BSD), self.q_norm)
-        k_BMSH = self._heads(self.k_proj(x_BSD), self.k_norm)
-        v_BMSH = self._heads(self.v_proj(x_BSD), None)
+        k_BSX, v_BSX = (
+            linear(x_BSD) if self._key_rows is None else own_rows(linear, x_BSD, self._key_rows)
+            for linear in (self.k_proj, self.v_proj)
+        )
+        k_BMSH, v_BMSH = self._heads(k_BSX, self.k_norm), self._heads(v_BSX, None)
         if positions.rope is not None:
             q_BNSH, k_BMSH = apply_rope_to_both(q_BNSH, k_BMSH, positions.rope)
         # Keys are cached rotated: their positions never change.

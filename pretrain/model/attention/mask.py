@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.nn import functional
 
-from pretrain.model.sequence_parallel import SequenceParallel
+from pretrain.model.token_parallel import SequenceParallel
 
 Made = TypeVar("Made")
 

@@ -20,6 +20,8 @@ from pretrain.model.config import ModelConfig
 from pretrain.model.norm import LayerNorm, RMSNorm
 from pretrain.model.positions.interface import PositionTerms
 from pretrain.model.positions.rope import apply_rope
+from pretrain.model.tensor_shards import cut, cut_columns, cut_rows
+from pretrain.model.token_parallel import TensorParallel
 
 
 class LatentCache:
@@ -85,6 +87,18 @@ class MultiHeadLatentAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if config.sinks else None
         self.scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
         self.kernel = attention_kernel(config.kernel, self.o_proj.weight.device)
+
+    def share(self, tensor: TensorParallel) -> None:
+        """Keep this rank's heads; what latents are computed by is whole on every rank."""
+        cut_columns(
+            tensor,
+            self.q_proj if self.config.q_lora_rank is None else self.q_b_proj,
+            self.kv_b_proj,
+        )
+        cut_rows(tensor, self.o_proj)
+        if self.sinks is not None:
+            cut(self, "sinks", 0, tensor)
+        self.num_heads //= tensor.parts
 
     def new_cache(
         self, batch_size: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype

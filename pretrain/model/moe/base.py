@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from pretrain.model.sequence_parallel import SequenceParallel
+from pretrain.model.token_parallel import TokenParts
 
 
 class RouterStatistics(NamedTuple):
@@ -83,11 +83,11 @@ class MoELayer:
     ``forward(x_BSD, record, fractions_E)`` returns [B, S, D] and the router's statistics, or None.
 
     Attributes:
-        sequence: the ranks that have the other tokens of the layer's sequences, for
+        token_parts: the ranks that have the other tokens of the layer's sequences, for
             ``router_statistics``; None if there are none.
     """
 
-    sequence: SequenceParallel | None = None
+    token_parts: TokenParts | None = None
 
     @abstractmethod
     def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:

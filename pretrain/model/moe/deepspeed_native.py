@@ -225,5 +225,5 @@ class DeepSpeedMoE(MoELayer, MoE):
             x_BSD.shape[0],
             dropped,
             fractions_E,
-            self.sequence if self.training else None,
+            self.token_parts if self.training else None,
         )

@@ -226,7 +226,7 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
             x_BSD.shape[0],
             nothing_dropped,
             fractions_E,
-            self.sequence if self.training else None,
+            self.token_parts if self.training else None,
         )
         return y_TD.view_as(x_BSD), statistics
 

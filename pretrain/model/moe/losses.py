@@ -14,7 +14,7 @@ import torch
 from pretrain.model.moe.base import RouterStatistics
 from pretrain.model.moe.config import RoutedMoE
 from pretrain.model.moe.router import Routing
-from pretrain.model.sequence_parallel import SequenceParallel
+from pretrain.model.token_parallel import TokenParts
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def router_statistics(
     sequences: int,
     dropped: torch.Tensor,
     fractions_E: torch.Tensor | None = None,
-    sequence: SequenceParallel | None = None,
+    token_parts: TokenParts | None = None,
 ) -> RouterStatistics:
     """Losses and statistics of one layer's routing of one micro batch; a loss without weight is 0.
 
@@ -146,14 +146,15 @@ def router_statistics(
         dropped: fp32 [] share of choices dropped, passed through.
         fractions_E: choices per token of each expert over the global batch; by default from
             ``counts_E``.
-        sequence: the ranks that share the micro batch's sequences.
+        token_parts: the ranks that share the micro batch's sequences.
     """
     own_fractions_E = counts_E / routing.probs_TE.shape[0]
     mean_probs_E = routing.probs_TE.mean(dim=0)
-    mean_of_parts = _unchanged if sequence is None else sequence.mean
-    if sequence is not None:
+    mean_of_parts = _unchanged if token_parts is None else token_parts.mean
+    if token_parts is not None:
         # One collective for both.
-        own_fractions_E, mean_probs_E = sequence.mean(torch.stack((own_fractions_E, mean_probs_E)))
+        both_2E = torch.stack((own_fractions_E, mean_probs_E))
+        own_fractions_E, mean_probs_E = token_parts.mean(both_2E)
     if fractions_E is None:
         fractions_E = own_fractions_E
     batch = RoutedBatch(routing, counts_E, fractions_E, mean_probs_E, sequences, mean_of_parts)

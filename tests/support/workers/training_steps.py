@@ -90,9 +90,8 @@ def sabotage(engine: Engine, kind: str) -> None:
     if kind == "expert_gradient_scaled":
         scale_expert_gradients(engine, 1.01, only_first=True)
     elif kind == "rank_norm_dropped":
-        engine._stage0.expert_group = (
-            None  # each rank then clips by the norm of its own experts only
-        )
+        # each rank then clips by the norm of its own experts only
+        engine._stage0.group_of = lambda name: None
     elif kind == "table_norm_dropped":
         reduce = engine.sparse_optimizer.reduce
         engine.sparse_optimizer.reduce = lambda scale: (
@@ -107,7 +106,7 @@ def sabotage(engine: Engine, kind: str) -> None:
     elif kind == "router_means_left_out":  # balancing then looks at a rank's part of a sequence
         for module in engine.model.modules():
             if isinstance(module, MoELayer):
-                module.sequence = None
+                module.token_parts = None
     elif kind == "marks_kept":  # Muon then looks only at this rank's part of a gradient
         muon = engine.optimizer.optimizer
         muon._marked_update = lambda gradient, momentum: torch.cat(

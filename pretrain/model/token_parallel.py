@@ -1,0 +1,159 @@
+"""Ranks that share sequences: every rank computes its own tokens, at any way of sharing.
+
+Sequence parallelism is DeepSpeed Ulysses (Jacobs et al. 2023, arXiv 2309.14509): in attention, the
+one part that mixes tokens, ranks exchange heads for tokens by all-to-all, and exchange them back.
+Tensor parallelism is that of Megatron-LM with its sequence parallelism (Korthikanti et al. 2022,
+arXiv 2205.05198): ranks gather each other's tokens before a product whose matrix is cut by columns,
+and scatter the sums of a product whose matrix is cut by rows.
+
+So for DeepSpeed all ranks are data parallel, each with tokens of its own, at every ZeRO stage: a
+gradient is summed over each token once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.library import custom_op
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Ranks that have equal parts of something, in the order of the parts.
+
+    Attributes:
+        group_name: torch's name of their process group.
+        part: of this rank, from 0.
+        parts: the number of ranks.
+    """
+
+    group_name: str
+    part: int
+    parts: int
+
+    def own(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of a tensor along ``dim``."""
+        length = x.shape[dim] // self.parts
+        return x.narrow(dim, self.part * length, length)
+
+
+class TokenParts(Parts):
+    """Ranks that share the sequences of one micro batch; part i has the i-th tokens of each."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the ranks of what each has computed from its own tokens.
+
+        The gradient passes unchanged: each rank adds the loss of the whole micro batch to its own,
+        and gradients are averaged over all ranks.
+        """
+        return mean_of_ranks(x, self.group_name)
+
+
+class SequenceParallel(Parts):
+    """Ranks that compute the heads of attention in parts: sequence parallelism."""
+
+    def gather_tokens(self, x_BNSX: Tensor) -> Tensor:
+        """All heads of S tokens -> this rank's heads of all: [B, N / parts, parts * S, X]."""
+        parts_PBnSX = x_BNSX.unflatten(1, (self.parts, -1)).movedim(1, 0)
+        received_PBnSX = exchange_parts(parts_PBnSX, self.group_name)
+        return received_PBnSX.movedim(0, 2).flatten(2, 3)
+
+    def gather_heads(self, x_BnUX: Tensor) -> Tensor:
+        """The inverse of :meth:`gather_tokens`."""
+        parts_PBnSX = x_BnUX.unflatten(2, (self.parts, -1)).movedim(2, 0)
+        received_PBnSX = exchange_parts(parts_PBnSX, self.group_name)
+        return received_PBnSX.movedim(0, 1).flatten(1, 2)
+
+
+class TensorParallel(Parts):
+    """Ranks that have the columns or rows of a matrix in parts: tensor parallelism."""
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The tokens of all ranks, of tensors with this rank's along ``dim``."""
+        gathered = gather_parts(x, self.group_name)
+        return gathered.movedim(0, dim).flatten(dim, dim + 1)
+
+    def scatter_sum(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's tokens of the sum over all ranks, of tensors with the tokens of all."""
+        return scatter_sums(x.unflatten(dim, (self.parts, -1)).movedim(dim, 0), self.group_name)
+
+
+@custom_op("pretrain::exchange_parts", mutates_args=())
+def exchange_parts(parts_PX: Tensor, group_name: str) -> Tensor:
+    """All-to-all of equal parts [P, ...]: part i of the result is what rank i had for this one."""
+    received_PX = torch.empty_like(parts_PX, memory_format=torch.contiguous_format)
+    group = _resolve_process_group(group_name)
+    distributed.all_to_all_single(received_PX, parts_PX.contiguous(), group=group)
+    return received_PX
+
+
+@exchange_parts.register_fake
+def _(parts_PX: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(parts_PX, memory_format=torch.contiguous_format)
+
+
+@custom_op("pretrain::mean_of_ranks", mutates_args=())
+def mean_of_ranks(x: Tensor, group_name: str) -> Tensor:
+    """The mean of a tensor over a group; its gradient passes unchanged."""
+    group = _resolve_process_group(group_name)
+    mean = x.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(mean, group=group)
+    return mean.div_(group.size())
+
+
+@mean_of_ranks.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@custom_op("pretrain::gather_parts", mutates_args=())
+def gather_parts(x: Tensor, group_name: str) -> Tensor:
+    """All-gather: [...] of each rank -> [P, ...] on every rank."""
+    group = _resolve_process_group(group_name)
+    gathered = x.new_empty((group.size(), *x.shape))
+    # gloo joins along a dimension that is there.
+    distributed.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
+    return gathered
+
+
+@gather_parts.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:
+    return x.new_empty((_resolve_process_group(group_name).size(), *x.shape))
+
+
+@custom_op("pretrain::scatter_sums", mutates_args=())
+def scatter_sums(parts_PX: Tensor, group_name: str) -> Tensor:
+    """Reduce-scatter: [P, ...] of each rank -> the sum over the ranks of this rank's part."""
+    total = parts_PX.new_empty(parts_PX.shape[1:])
+    group = _resolve_process_group(group_name)
+    distributed.reduce_scatter_tensor(total, parts_PX.flatten(0, 1).contiguous(), group=group)
+    return total
+
+
+@scatter_sums.register_fake
+def _(parts_PX: Tensor, group_name: str) -> Tensor:
+    return parts_PX.new_empty(parts_PX.shape[1:])
+
+
+def _keep_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group_name = inputs[1]
+
+
+# What rank i got from here, its gradient brings back.
+exchange_parts.register_autograd(
+    lambda ctx, gradient_PX: (exchange_parts(gradient_PX, ctx.group_name), None),
+    setup_context=_keep_group,
+)
+mean_of_ranks.register_autograd(lambda ctx, gradient: (gradient, None), setup_context=_keep_group)
+# Each is the other's gradient.
+gather_parts.register_autograd(
+    lambda ctx, gradient_PX: (scatter_sums(gradient_PX, ctx.group_name), None),
+    setup_context=_keep_group,
+)
+scatter_sums.register_autograd(
+    lambda ctx, gradient: (gather_parts(gradient, ctx.group_name), None), setup_context=_keep_group
+)
