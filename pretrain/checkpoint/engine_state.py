@@ -41,7 +41,7 @@ def load_engine(engine: Engine, weights: TensorReader, optimizer: TensorReader) 
     """
     faults.reached("load.weights")
     for piece in pieces(engine):
-        values = weights.read_range(piece.name, piece.range.start, piece.stop)
+        values = weights.read_part(piece.name, piece.range, piece.elements)
         piece.fragment.master.copy_(values)
     for table in table_pieces(engine, whole=True):
         start = table.range.start

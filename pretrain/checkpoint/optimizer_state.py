@@ -94,7 +94,7 @@ def _stored(piece: Piece, key: str, value: Any, state: dict[str, Any]) -> Iterat
     if isinstance(value, bool | int | float):
         dtype = torch.float64 if isinstance(value, float) else torch.int64
         # One number stands for the whole parameter: the rank that holds its beginning writes it.
-        if piece.range.start == 0:
+        if piece.range.is_first:
             yield Stored(name, torch.tensor(value, dtype=dtype))
         return
     if isinstance(value, Tensor) and value.shape == fragment.trained.shape:
@@ -106,7 +106,7 @@ def _stored(piece: Piece, key: str, value: Any, state: dict[str, Any]) -> Iterat
             phase = place.start % BLOCK
             yield Stored(f"{name}.scales@{piece.range.start}+{phase}", scales[blocks])
     elif isinstance(value, Tensor) and value.numel() == 1:
-        if piece.range.start == 0:
+        if piece.range.is_first:
             yield Stored(name, value.reshape(()))
     else:
         what = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value)}"
@@ -196,7 +196,7 @@ def _load_key(
     flat = state[key].view(-1)
     for part, name in zip(held, names, strict=True):
         place = slice(part.fragment.offset, part.fragment.offset + part.fragment.master.numel())
-        flat[place] = stored.dequantized(name, part.range.start, part.stop).values.to(flat)
+        flat[place] = stored.part(name, part).to(flat)
 
 
 def _load_codes(
@@ -281,6 +281,12 @@ class StoredStates:
             )
             found.append(expand(codes, of_blocks, levels, place % BLOCK))
         return Dequantized(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def part(self, name: str, piece: Piece) -> Tensor:
+        """Return what belongs to a piece of this rank."""
+        if name in self._scales:
+            return self.dequantized(name, piece.range.start, piece.stop).values
+        return self.reader.read_part(name, piece.range, piece.elements)
 
     def rows(self, table: str, first: int, last: int) -> dict[str, Tensor]:
         """Return the state of the used rows ``first`` to ``last`` of an expert table."""

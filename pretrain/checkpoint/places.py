@@ -7,15 +7,17 @@ and stacked experts are rows of one tensor. A rank holds flat ranges of these te
 
 from __future__ import annotations
 
+from collections import defaultdict
 from math import prod
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from pretrain.checkpoint.tensor_files import Range
+from pretrain.checkpoint.tensor_files import Columns, Range
 from pretrain.checkpoint.weights import global_name, is_expert
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import Fragment, fragments, whole_shape
+from pretrain.model.tensor_shards import shard_of
 
 
 class Place(NamedTuple):
@@ -23,12 +25,14 @@ class Place(NamedTuple):
 
     Attributes:
         shape: of the whole tensor.
-        offset: the parameter's first element in it.
+        offset: the parameter's first element in it, or in the columns.
+        columns: of the whole tensor that the parameter is; None for all.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
+    columns: Columns | None = None
 
 
 class Piece(NamedTuple):
@@ -41,13 +45,24 @@ class Piece(NamedTuple):
     @property
     def stop(self) -> int:
         """The element after its last one."""
-        return self.range.start + self.fragment.master.numel()
+        return self.range.start + self.elements
+
+    @property
+    def elements(self) -> int:
+        """Their number."""
+        return self.fragment.master.numel()
 
 
 def place_of(name: str, parameter: nn.Parameter, engine: Engine) -> Place:
     """Return where a parameter of this rank's model belongs."""
     shape = whole_shape(parameter)
     model = engine.model.config
+    if (shard := shard_of(parameter)) is not None:
+        dim, part, parts = shard
+        whole = (*shape[:dim], shape[dim] * parts, *shape[dim + 1 :])
+        if dim == 0:
+            return Place(name, whole, part * prod(shape))
+        return Place(name, whole, 0, Columns(part * shape[dim], shape[dim]))
     if not is_expert(parameter) or global_name(name, 1, model) != name:
         # Dense, or one expert under its own name: whole on this rank.
         return Place(global_name(name, first_expert(engine), model), shape, 0)
@@ -68,8 +83,8 @@ def pieces(engine: Engine) -> list[Piece]:
     }
     found = []
     for fragment in fragments(engine.optimizer, engine.zero_stage, engine.precision):
-        name, shape, offset = places[id(fragment.parameter)]
-        found.append(Piece(name, Range(offset + fragment.start, shape), fragment))
+        name, shape, offset, columns = places[id(fragment.parameter)]
+        found.append(Piece(name, Range(offset + fragment.start, shape, columns), fragment))
     return found
 
 
@@ -82,18 +97,20 @@ def own_pieces(engine: Engine) -> list[Piece]:
     if engine.zero_stage > 0:
         return mine
     rank, world_size = engine.topology.rank, engine.topology.world_size
-    # Ranks hold equal experts if they have the same part of them.
-    among_experts = rank // engine.expert_parts, world_size // engine.expert_parts
+    # Ranks hold equal experts, or equal shards, if they have the same part of them.
+    by_parts: dict[tuple[bool, int], list[Piece]] = defaultdict(list)
+    for piece in mine:
+        parameter = piece.fragment.parameter
+        shard = shard_of(parameter)
+        parts = engine.expert_parts if is_expert(parameter) else shard.parts if shard else 1
+        by_parts[is_expert(parameter), parts].append(piece)
     chosen: list[Piece] = []
-    for group, (replica, replicas) in (
-        ([piece for piece in mine if not is_expert(piece.fragment.parameter)], (rank, world_size)),
-        ([piece for piece in mine if is_expert(piece.fragment.parameter)], among_experts),
-    ):
-        elements = [0] * replicas
+    for (_, parts), group in by_parts.items():
+        elements = [0] * (world_size // parts)
         for piece in group:
             writer = elements.index(min(elements))
-            elements[writer] += piece.fragment.master.numel()
-            if writer == replica:
+            elements[writer] += piece.elements
+            if writer == rank // parts:
                 chosen.append(piece)
     return chosen
 

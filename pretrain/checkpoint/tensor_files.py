@@ -2,7 +2,8 @@
 
 A file may hold a flat range of a tensor instead of all of it, as a rank of a distributed run does.
 Such a tensor has one dimension, and the header's ``ranges`` say where its values belong:
-``{name: [first element, shape of the whole tensor]}`` in row-major order.
+``{name: [first element, shape of the whole tensor]}`` in row-major order. A third entry, ``[first,
+number]``, says that it is a flat range of these columns alone (of the last dimension).
 """
 
 from __future__ import annotations
@@ -55,11 +56,34 @@ class TensorForm(NamedTuple):
         return self.elements * self.dtype.itemsize
 
 
+class Columns(NamedTuple):
+    """Some neighbouring elements of a tensor's last dimension."""
+
+    first: int
+    number: int
+
+
 class Range(NamedTuple):
-    """Where a flat part of a tensor belongs: its first element in the whole tensor's ``shape``."""
+    """Where a flat part of a tensor belongs.
+
+    Attributes:
+        start: its first element, in the whole tensor or among those of ``columns``.
+        shape: of the whole tensor.
+        columns: that it is a part of; None for all.
+    """
 
     start: int
     shape: tuple[int, ...]
+    columns: Columns | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it begins with the whole tensor's first element."""
+        return self.start == 0 and (self.columns is None or self.columns.first == 0)
+
+    def entry(self) -> list[object]:
+        """What a header says of it."""
+        return list(self) if self.columns is not None else [self.start, self.shape]
 
 
 class TensorFileWriter:
@@ -96,7 +120,8 @@ class TensorFileWriter:
         self._starts: dict[str, int] = {}
         strings = {"format": "pt", **(metadata or {})}
         if ranges:
-            strings[RANGES] = json.dumps(ranges, separators=(",", ":"))
+            entries = {name: place.entry() for name, place in ranges.items()}
+            strings[RANGES] = json.dumps(entries, separators=(",", ":"))
         header: dict[str, object] = {"__metadata__": strings}
         end = 0
         # The widest dtypes come first, so that each tensor starts at a multiple of its item size.
@@ -183,12 +208,13 @@ class TensorFileWriter:
 
 
 class Share(NamedTuple):
-    """The elements ``start`` to ``stop`` (excluded) of a tensor, in a file."""
+    """The elements ``start`` to ``stop`` (excluded) of a tensor, or of its columns, in a file."""
 
     path: Path
     start: int
     stop: int
     first_byte: int
+    columns: Columns
 
 
 class TensorReader:
@@ -215,7 +241,7 @@ class TensorReader:
         for path in paths:
             self._add(path)
         for name, shares in self._shares.items():
-            shares.sort(key=lambda share: share.start)
+            shares.sort(key=lambda share: (share.columns, share.start))
             self._check_whole(name, shares)
 
     def _add(self, path: Path) -> None:
@@ -231,7 +257,7 @@ class TensorReader:
                     "convert it to a floating type first"
                 )
             stored = TensorForm(dtype, tuple(entry["shape"]))
-            start, shape = ranges.get(name, Range(0, stored.shape))
+            start, shape, columns = ranges.get(name, Range(0, stored.shape))
             form = self._forms.setdefault(name, TensorForm(dtype, shape))
             if form != (dtype, shape):
                 raise CheckpointError(
@@ -239,15 +265,35 @@ class TensorReader:
                     f"{self._shares[name][0].path.name} {form.dtype} {list(form.shape)}: the "
                     "weights are damaged, take another folder"
                 )
-            share = Share(path, start, start + stored.elements, first + entry["data_offsets"][0])
+            share = Share(
+                path,
+                start,
+                start + stored.elements,
+                first + entry["data_offsets"][0],
+                columns or _all_columns(shape),
+            )
             self._shares.setdefault(name, []).append(share)
 
     def _check_whole(self, name: str, shares: list[Share]) -> None:
         """Check that the sorted shares are all elements of a tensor, each once."""
-        end = 0
-        elements = self._forms[name].elements
+        form = self._forms[name]
+        width, elements = _all_columns(form.shape).number, form.elements
+        end = columns_end = counted = 0
+        columns = Columns(0, 0)
         for share in shares:
-            if share.start < end or share.stop > elements:
+            if share.columns != columns:
+                # The columns before must be whole, and these follow them.
+                if counted != columns_end * (elements // max(width, 1)):
+                    break
+                if share.columns.first > columns_end:
+                    break
+                overlaps = share.columns.first < columns_end
+                columns, end = share.columns, 0
+                columns_end = columns.first + columns.number
+            else:
+                overlaps = False
+            of_columns = elements // max(width, 1) * columns.number
+            if overlaps or share.start < end or share.stop > of_columns or columns_end > width:
                 files = ", ".join(sorted({share.path.name for share in shares}))
                 raise CheckpointError(
                     f"elements of the tensor '{name}' are more than once in {files}: they belong "
@@ -256,7 +302,8 @@ class TensorReader:
             if share.start > end:
                 break
             end = share.stop
-        if end < elements:
+            counted += share.stop - share.start
+        if counted < elements:
             each = ", ".join(f"{share.stop - share.start} in {share.path.name}" for share in shares)
             held = sum(share.stop - share.start for share in shares)
             raise CheckpointError(
@@ -293,10 +340,41 @@ class TensorReader:
         Raises:
             CheckpointError: if a file has changed or cannot be read.
         """
+        shape, shares = self._forms[name].shape, self._shares[name]
+        if not shares or shares[0].columns == _all_columns(shape):
+            return self._read_shares(name, shares, start, stop)
+        # Whole rows, column by column.
+        width = shape[-1]
+        first_row, last_row = start // width, -(-stop // width)
+        rows = torch.empty(last_row - first_row, width, dtype=self._forms[name].dtype)
+        for columns in dict.fromkeys(share.columns for share in shares):
+            first, number = columns
+            found = self._read_columns(name, columns, first_row * number, last_row * number)
+            rows[:, first : first + number] = found.view(-1, number)
+        return rows.view(-1)[start - first_row * width : stop - first_row * width]
+
+    def read_part(self, name: str, place: Range, elements: int) -> Tensor:
+        """Return what belongs to a flat part of a tensor, whatever parts the files have."""
+        start, shape, columns = place
+        if columns is None:
+            return self.read_range(name, start, start + elements)
+        first, number = columns
+        if any(share.columns == columns for share in self._shares[name]):
+            return self._read_columns(name, columns, start, start + elements)
+        first_row, last_row = start // number, -(-(start + elements) // number)
+        rows = self.read_range(name, first_row * shape[-1], last_row * shape[-1])
+        found = rows.view(-1, shape[-1])[:, first : first + number].reshape(-1)
+        return found[start - first_row * number :][:elements]
+
+    def _read_columns(self, name: str, columns: Columns, start: int, stop: int) -> Tensor:
+        shares = [share for share in self._shares[name] if share.columns == columns]
+        return self._read_shares(name, shares, start, stop)
+
+    def _read_shares(self, name: str, shares: list[Share], start: int, stop: int) -> Tensor:
         dtype = self._forms[name].dtype
         values = torch.empty(stop - start, dtype=dtype)
         buffer = _bytes_of(values)
-        for share in self._shares[name]:
+        for share in shares:
             first, last = max(start, share.start), min(stop, share.stop)
             if first >= last:
                 continue
@@ -310,6 +388,10 @@ class TensorReader:
                     f"{share.path} cannot be read ({error}): it is damaged, take another folder"
                 ) from None
         return values
+
+
+def _all_columns(shape: tuple[int, ...]) -> Columns:
+    return Columns(0, shape[-1] if shape else 1)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -341,12 +423,19 @@ def _ranges(text: str, path: Path) -> dict[str, Range]:
     """Decode the ranges in a header, which anybody may have written."""
     try:
         found = {
-            name: Range(int(start), tuple(int(size) for size in shape))
-            for name, (start, shape) in json.loads(text).items()
+            name: Range(
+                int(start),
+                tuple(int(size) for size in shape),
+                *(Columns(int(first), int(number)) for first, number in columns),
+            )
+            for name, (start, shape, *columns) in json.loads(text).items()
         }
     except (ValueError, TypeError, AttributeError, RecursionError):
         found = {"": Range(-1, ())}
-    if any(start < 0 or any(size < 0 for size in shape) for start, shape in found.values()):
+    if any(
+        min(start, *shape, *(columns or ()), 0) < 0 or (columns is not None and not shape)
+        for start, shape, columns in found.values()
+    ):
         raise CheckpointError(
             f"the header of {path} has ranges that are none: it is damaged, take another folder"
         )
