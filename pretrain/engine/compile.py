@@ -77,5 +77,5 @@ def compile_experts_and_head(model: DecoderLM, backend: str = "inductor") -> Non
             module.form = module.form._replace(compiled=activate)
         elif isinstance(module, SharedExperts):
             module.compile(backend=backend, dynamic=False)
-        elif isinstance(module, LanguageModelHead):
+        elif isinstance(module, LanguageModelHead) and not module.is_shared:
             module.chunk_losses = torch.compile(module.chunk_losses, backend=backend, dynamic=False)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.core.errors import ConfigError
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.base import RouterStatistics, RoutingRecord
@@ -51,6 +52,11 @@ class Block(nn.Module):
     def share(self, tensor: TensorParallel) -> None:
         """Keep this rank's heads, and its hidden units of feed-forwards that see every token."""
         self._tensor = tensor
+        if not hasattr(self.attention, "share"):
+            raise ConfigError(
+                f"parallel.tp_size is {tensor.parts}, but {type(self.attention).__name__} has no "
+                "method share(tensor) that keeps a rank's heads: use parallel.sp_size"
+            )
         self.attention.share(tensor)
         for module in self.feed_forward.modules():
             if isinstance(module, SharedExperts):

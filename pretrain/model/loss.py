@@ -208,6 +208,11 @@ class LanguageModelHead(nn.Module):
         self.chunk_losses: ChunkLosses = chunk_losses
         self._tensor: TensorParallel | None = None
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether this rank has a part of the vocabulary, so that its loss needs the others."""
+        return self._tensor is not None
+
     def share(self, tensor: TensorParallel, tied: nn.Parameter | None) -> None:
         """Keep this rank's rows.
 

@@ -22,12 +22,14 @@ class Optimizer(Component):
 
     Attributes:
         needs_whole_matrices: its update of a matrix differs from that of the matrix' parts.
+        has_codes: its state is of codes whose scales are of blocks of elements.
         scales_with_width: muP has learning rates for it: as in Adam, its step does not grow with
             the gradient, and every element moves about equally far.
         has_universal_checkpoints: its state is Adam's two moments in fp32, which DeepSpeed loads.
     """
 
     needs_whole_matrices: ClassVar[bool] = False
+    has_codes: ClassVar[bool] = False
     scales_with_width: ClassVar[bool] = False
     has_universal_checkpoints: ClassVar[bool] = False
 
@@ -156,6 +158,7 @@ class AdamW8bitConfig(Optimizer):
 
     scales_with_width: ClassVar[bool] = True
     implementation: ClassVar[str] = "pretrain.optim.optimizers:adamw_8bit"
+    has_codes: ClassVar[bool] = True
     kind: Literal["adamw_8bit"]
     beta1: Beta = 0.9
     beta2: Beta = 0.95

@@ -11,7 +11,10 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.rules.exchange import exchange_fits
 from pretrain.config.rules.phases import PHASE_RULES, phase_warnings, phases_fill_the_run
 from pretrain.config.rules.routers import router_warnings
-from pretrain.config.rules.sequence import sequence_is_shared_evenly
+from pretrain.config.rules.shared_ranks import (
+    sequence_is_shared_evenly,
+    tensors_can_be_cut,
+)
 from pretrain.config.rules.widths import base_fits_the_model, mup_knows_the_parts
 from pretrain.config.timeline import (
     Timeline,
@@ -329,6 +332,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     sequence_fits_positions,
     micro_batch_divides,
     sequence_is_shared_evenly,
+    tensors_can_be_cut,
     options_of_experts_fit,
     experts_divide,
     experts_go_with_dropout,
@@ -378,11 +382,13 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
             f"start a multiple of {ep_size} ranks, or pass --set "
             f"parallel.ep_size={_largest_divisor(world_size, recipe.model)}"
         )
-    sp_size = recipe.parallel.token_parts
-    if world_size % sp_size:
+    # Again: the vocabulary's size is known now.
+    tensors_can_be_cut(recipe)
+    parts = recipe.parallel.token_parts
+    if world_size % parts:
         raise ConfigError(
-            f"parallel.sp_size ({sp_size}) does not divide the number of ranks ({world_size}): "
-            f"start a multiple of {sp_size} ranks"
+            f"parallel.sp_size x tp_size ({parts}) does not divide the number of ranks "
+            f"({world_size}): start a multiple of {parts} ranks"
         )
     # ZeRO 3 shards experts over all ranks, not only over those of one expert-parallel group.
     moe = recipe.model.moe
@@ -410,10 +416,10 @@ def check_topology(recipe: Recipe, world_size: int, zero_stage: int) -> int:
 
 
 def _accumulation(recipe: Recipe, world_size: int, where: str = "") -> int:
-    train, sp_size = recipe.train, recipe.parallel.token_parts
-    sequences_per_pass = train.micro_batch_size * world_size // sp_size
+    train, parts = recipe.train, recipe.parallel.token_parts
+    sequences_per_pass = train.micro_batch_size * world_size // parts
     if train.global_batch_size % sequences_per_pass:
-        shared = f" / sp_size ({sp_size})" if sp_size > 1 else ""
+        shared = f" / those that share a sequence ({parts})" if parts > 1 else ""
         raise ConfigError(
             f"{where}train.global_batch_size ({train.global_batch_size}) is no multiple of "
             f"micro_batch_size x ranks ({train.micro_batch_size} x {world_size}){shared}: "
