@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """How the cost of a training step grows: experts, tokens, sequence, vocabulary, layers and ranks.
 
-Each point is a step of this project's engine (ZeRO 1, bf16, the settings of training on CPUs) in
-processes of its own with one thread each: the median CPU seconds of a step, added up over its
-ranks, and the largest peak of resident memory. Along each axis all other sizes stay as they are;
+Each point is a step of this project's engine (ZeRO 1, bf16 or, on a CPU that emulates it, fp32; the
+settings of training on CPUs) in processes of its own with one thread each: the median CPU seconds
+of a step, added up over its ranks, and the largest peak of resident memory. Along each axis all other sizes stay as they are;
 experts have equal active FLOPs, sequences and ranks equal tokens a step.
 
 Next to each point is a floor, measured in the same process:
 
     floor = F / r + [P_d (n g + 24) + P_e (g + 24)] / b        with g = 4 w m + w
 
-F: FLOPs of a step's matrix products and attention. r: the rate of one large product in bf16.
+F: FLOPs of a step's matrix products and attention. r: the rate of one large product.
 P_d, P_e: dense and expert parameters. n: ranks, each with all dense parameters and its share of the
-experts. w = 2: bytes of an element. m: micro batches of a rank. g: weights are read in both passes
+experts. w: bytes of an element. m: micro batches of a rank. g: weights are read in both passes
 and gradients are added to in each micro batch; then gradients are read and weights written once.
 24: fp32 weights and two moments, read and written by the one rank that has them. b: the rate of a
 large copy. Activations and communication are not in it.
@@ -35,7 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peers.measure import seconds_of_bytes
+from peers.measure import fast_format, seconds_of_bytes
 from peers.models import recipe_of
 from peers.train_step import our_step, step_side
 from rich.console import Console
@@ -47,6 +47,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import ConfigError, run_command
 from pretrain.core.figures import save_figure
+from pretrain.engine.precision import DTYPES
 
 EXAMPLES = """\
   make bench-growth
@@ -54,10 +55,8 @@ EXAMPLES = """\
   python benchmarks/cost_growth.py --quick"""
 # Slopes of a few noisy points differ by so much without a reason.
 TOLERANCE = 0.1
-ELEMENT_BYTES = 2
 STATE_BYTES = 24
 BASE = (
-    "train.precision=bf16",
     "model.num_hidden_layers=2",
     "model.max_position_embeddings=2048",
     "model.moe.moe_intermediate_size=256",
@@ -127,6 +126,7 @@ def overrides(axis: str, value: int) -> list[str]:
         case _:
             micro, ranks = 2, value
     return [
+        f"train.precision={fast_format()}",
         *BASE,
         f"train.sequence_length={length}",
         f"train.micro_batch_size={micro}",
@@ -136,15 +136,18 @@ def overrides(axis: str, value: int) -> list[str]:
     ]
 
 
-def parameter_traffic(dense: int, experts: int, ranks: int, micro_batches: int) -> float:
+def parameter_traffic(
+    dense: int, experts: int, ranks: int, micro_batches: int, width: int
+) -> float:
     """Bytes of parameters, gradients and optimizer state that a step moves, by the formula above.
 
     Args:
         dense: parameters that are on every rank.
         experts: parameters that ranks share.
         micro_batches: of each rank.
+        width: bytes of an element.
     """
-    each_rank = 4 * ELEMENT_BYTES * micro_batches + ELEMENT_BYTES
+    each_rank = 4 * width * micro_batches + width
     return float(dense * (ranks * each_rank + STATE_BYTES) + experts * (each_rank + STATE_BYTES))
 
 
@@ -156,7 +159,9 @@ def traffic_of(recipe: Recipe) -> float:
     size = model_size(recipe.model, train.sequence_length)
     micro_batches = train.global_batch_size // (train.micro_batch_size * ranks)
     experts = size.parameters_sharded
-    return parameter_traffic(size.parameters_stored - experts, experts, ranks, micro_batches)
+    width = DTYPES[fast_format()].itemsize
+    dense = size.parameters_stored - experts
+    return parameter_traffic(dense, experts, ranks, micro_batches, width)
 
 
 @dataclass(frozen=True)
@@ -372,6 +377,7 @@ def main() -> int:
         {
             "date": datetime.now(UTC).date().isoformat(),
             "hardware": hardware(),
+            "format": fast_format(),
             "threads": 1,
             "load": round(os.getloadavg()[0], 1),
             "points": {

@@ -21,8 +21,10 @@ def test_a_slope_needs_two_values() -> None:
 
 def test_parameter_traffic_is_the_formula() -> None:
     # 4 * 2 * m + 2 bytes on each rank, 24 on one: by hand for 10 dense and 100 expert parameters.
-    assert cost_growth.parameter_traffic(10, 100, ranks=1, micro_batches=2) == 110 * (18 + 24)
-    assert cost_growth.parameter_traffic(10, 100, ranks=4, micro_batches=1) == (
+    assert cost_growth.parameter_traffic(10, 100, ranks=1, micro_batches=2, width=2) == 110 * (
+        18 + 24
+    )
+    assert cost_growth.parameter_traffic(10, 100, ranks=4, micro_batches=1, width=2) == (
         10 * (4 * 10 + 24) + 100 * (10 + 24)
     )
 
