@@ -65,9 +65,7 @@ def initialize(model: DecoderLM, seed: int) -> None:
         write_pieces(parameter.view(-1), 0, parameter.numel(), pieces)
 
 
-def initial_pieces(
-    model: DecoderLM, seed: int
-) -> Iterator[tuple[str, nn.Parameter, list[Piece]]]:
+def initial_pieces(model: DecoderLM, seed: int) -> Iterator[tuple[str, nn.Parameter, list[Piece]]]:
     """Yield each parameter's name, itself and its initial values, in the model's order.
 
     Nothing is drawn before a piece's values are asked for. Parameters may be on the meta device;

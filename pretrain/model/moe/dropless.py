@@ -127,6 +127,8 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         super().__init__(
             _layer_spec(config, model.hidden_size, rows), shapes, ep_size, ep_rank, layer_config
         )
+        # AutoEP makes it where the experts are, which may be the meta device.
+        self.tokens_per_expert = torch.zeros(config.num_experts)
         # The parameters stay the ones that AutoEP tagged for the engine (expert group, partition,
         # checkpoint); only the modules around them are replaced.
         tagged = super().get_submodule("experts")
