@@ -26,7 +26,7 @@ MODEL = (
     "model.num_hidden_layers=16",
     "model.attention={kind: gqa, num_attention_heads: 16, num_key_value_heads: 16, head_dim: 64}",
     "model.moe={kind: dropless, num_experts: 32, top_k: 4, moe_intermediate_size: 512}",
-    "model.layer_pattern={kind: moe}",
+    "model.layer_pattern={kind: all_moe}",
     "train.precision=bf16",
 )
 SAMPLED_SECONDS = 0.005

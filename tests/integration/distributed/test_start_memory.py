@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 
 from pretrain.config.load import load_recipe
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.sizes import model_size
+from pretrain.run.memory import start_bytes_per_rank, state_bytes_per_rank
 from tests.support.ranks import Case, run_cases
 
 # 53 million parameters: 211 MB in fp32, 106 MB in bf16; the largest one, of 8 experts, has 2.1
@@ -16,7 +18,7 @@ MODEL = [
     "model.hidden_size=512", "model.num_hidden_layers=7",
     "model.attention={kind: gqa, num_attention_heads: 8, num_key_value_heads: 8, head_dim: 64}",
     "model.moe={kind: dropless, num_experts: 8, top_k: 2, moe_intermediate_size: 512}",
-    "model.layer_pattern={kind: moe}",
+    "model.layer_pattern={kind: all_moe}",
     # These alone also make the small engine that warms the process up.
     "model.vocab_size=1024", "train.global_batch_size=2", "train.micro_batch_size=1",
 ]  # fmt: skip
@@ -77,6 +79,18 @@ def test_below_stage_3_a_rank_holds_its_weights_in_bf16(
 ) -> None:
     result = results["stage 1"]
     assert peak(result, "built") < 2 * result["parameters"] + two_tensors(result) + SLACK
+
+
+@pytest.mark.parametrize(("name", "zero"), [("random", 3), ("stage 1", 1)])
+def test_the_start_takes_what_the_dry_run_says(
+    results: dict[str, dict[str, object]], name: str, zero: int
+) -> None:
+    recipe = load_recipe("debug", MODEL)
+    size = model_size(recipe.model, recipe.train.sequence_length)
+    place = ("bf16", zero, RANKS, 1)
+    state = state_bytes_per_rank(size, *place, recipe.optimizer)
+    predicted = max(start_bytes_per_rank(size, state, *place).values())
+    assert 0.7 * predicted < peak(results[name], "start") < predicted + SLACK
 
 
 def test_a_resumed_rank_reads_its_own_part(results: dict[str, dict[str, object]]) -> None:

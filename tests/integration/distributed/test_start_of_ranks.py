@@ -16,7 +16,7 @@ from tests.support.training_cases import ADAMW, KINDS, MUON, SIZES
 BLOCKS = {
     kind: (KINDS[kind],) for kind in ("dropless", "deepspeed", "peer", "dropless_full")
 } | {
-    "dense": ("model.layer_pattern={kind: dense}", "model.moe=null", "model.intermediate_size=48"),
+    "dense": ("model.layer_pattern={kind: all_dense}", "model.moe=null", "model.intermediate_size=48"),
     # A matrix in two halves, which are two parameters.
     "halves": (KINDS["dropless"], "model.feed_forward={kind: gelu, bias: true}"),
     "wider": (
