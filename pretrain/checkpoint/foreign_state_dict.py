@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -156,6 +157,23 @@ class FileWeights(Mapping[str, Tensor]):
         shares = [read() for read in self._readers[name]]
         # A stack of one expert has one reader too, but another shape.
         return shares[0] if self.shapes[name] == tuple(shares[0].shape) else torch.stack(shares)
+
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """The elements ``start`` to ``stop`` (excluded) of a tensor, flat.
+
+        Of a stack, only those of its tensors are read that have some of them, one at a time.
+        """
+        readers = self._readers[name]
+        # All tensors of a stack have one shape.
+        size = prod(self.shapes[name]) // len(readers)
+        parts = []
+        for index, read in enumerate(readers):
+            begin, end = max(start - index * size, 0), min(stop - index * size, size)
+            if begin < end:
+                part = read().reshape(-1)[begin:end]
+                # A view would keep the whole tensor until the last one is read.
+                parts.append(part if len(readers) == 1 else part.clone())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from pretrain.engine.build import WeightLoader
 from pretrain.engine.topology import Topology
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.init import RangeReader
 
 REPORT = "initial_weights.json"
 SHOWN_ROWS = 20
@@ -153,7 +155,7 @@ def _notes(stored: ModelConfig | None, wanted: ModelConfig, where: str) -> list[
 def starting_weights(
     recipe: Recipe, tokenizer_sha256: str, checkpoints: Path | None, topology: Topology
 ) -> WeightLoader | None:
-    """Return a function that fills a fresh model from ``recipe.initial_weights``.
+    """Return a function that reads a fresh model from ``recipe.initial_weights``.
 
     None if :func:`starting_point` is. Differences between the two models are reported on standard
     error and in the log. For a partial start, what does not fit is reported there and in
@@ -176,8 +178,8 @@ def starting_weights(
             logger.info("%s", note)
         if not start.found.is_whole:
             _report(start.found, start.where, checkpoints and checkpoints.parent / REPORT)
-    # Read later, tensor by tensor, when each rank has built its part of the model.
-    return lambda model, part, parts: fill(
+    # Read later, tensor by tensor, when each rank knows its part of the model.
+    return lambda model, part, parts: stored_readers(
         model, start.stored, part, parts, set(start.found.loaded)
     )
 
@@ -195,27 +197,37 @@ def _report(found: Comparison, where: str, path: Path | None) -> None:
     Console(stderr=True).print(table)
 
 
-@torch.no_grad()
-def fill(
+def stored_readers(
     model: DecoderLM,
-    stored: Mapping[str, torch.Tensor],
+    stored: FileWeights | StoredWeights,
     part: int,
     parts: int,
     names: Collection[str],
-) -> None:
-    """Copy weights into a model, one tensor at a time.
+) -> dict[str, RangeReader]:
+    """Readers of stored weights, by their names in a model.
 
     Args:
-        model: on the host, with part ``part`` of ``parts`` of the experts.
-        names: of the stored tensors that are copied.
+        model: with part ``part`` of ``parts`` of the experts. Its parameters may have no values.
+        names: of the stored tensors that are read.
     """
     total = model.config.total_experts
     # Balancing biases are buffers, and belong to the weights; rotary angles do not.
     persistent = model.state_dict(keep_vars=True).keys()
+    readers: dict[str, RangeReader] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         stored_name = global_name(name, part * (total // parts), model.config)
-        if name in persistent and stored_name in names:
-            whole = stored[stored_name]
-            # A native expert is one tensor. Stacked ones are in the order of their ranks, along the
-            # first dimension.
-            tensor.copy_(whole if whole.shape == tensor.shape else whole.chunk(parts)[part])
+        if name not in persistent or stored_name not in names:
+            continue
+        # A native expert is one tensor. Stacked ones are in the order of their ranks, along the
+        # first dimension.
+        is_whole = tuple(stored.shapes[stored_name]) == tuple(tensor.shape)
+        before = 0 if is_whole else part * tensor.numel()
+        readers[name] = partial(_read_from, stored, stored_name, before)
+    return readers
+
+
+def _read_from(
+    stored: FileWeights | StoredWeights, name: str, before: int, start: int, stop: int
+) -> torch.Tensor:
+    """The elements ``start`` to ``stop`` of what follows the first ``before`` elements."""
+    return stored.read_range(name, before + start, before + stop)

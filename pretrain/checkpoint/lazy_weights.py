@@ -32,6 +32,10 @@ class StoredWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._reader.read(name)
 
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
+        """The elements ``start`` to ``stop`` (excluded) of a tensor, flat."""
+        return self._reader.read_range(name, start, stop)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

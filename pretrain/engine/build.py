@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +19,28 @@ from pretrain.core.files import JsonObject
 from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import without_monitors
+from pretrain.engine.placement import place_weights
+from pretrain.engine.precision import DTYPES
 from pretrain.engine.shard_groups import ShardGroups
 from pretrain.engine.topology import Topology
 from pretrain.engine.workarounds.compiled_muon import import_muon_without_compiler
 from pretrain.engine.workarounds.compiled_optimizers import leave_compiler_out_of_optimizers
 from pretrain.engine.workarounds.flat_partitions import give_shards
 from pretrain.engine.workarounds.gradient_copies import spare_gradient_copies
+from pretrain.engine.workarounds.partitioned_start import PartitionedStart
 from pretrain.engine.workarounds.stage0_first_step import forget_first_step
 from pretrain.model.attention.kernels.base import chosen_kernel, gpu_capability
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoder import DecoderLM
-from pretrain.model.init import initialize
+from pretrain.model.deferred import without_values
+from pretrain.model.init import RangeReader
 from pretrain.model.token_parallel import SequenceParallel, TensorParallel, TokenParts
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.optim.matrix_shards import MatrixOptimizer
 
-# Fills a model that holds part i of n of the experts: (model, i, n).
-WeightLoader = Callable[[DecoderLM, int, int], None]
+# For a model that holds part i of n of the experts, (model, i, n): readers of its parameters and
+# buffers by name, of those that do not start from random values.
+WeightLoader = Callable[[DecoderLM, int, int], Mapping[str, RangeReader]]
 
 
 @dataclass(frozen=True)
@@ -68,22 +73,34 @@ def build_model(
     shard: ExpertShard,
     device: torch.device,
     load_weights: WeightLoader | None,
+    ds_config: JsonObject | None = None,
+    topology: Topology | None = None,
 ) -> DecoderLM:
-    """The model with its initial weights, in fp32 on the host.
+    """The model with its initial weights, in the dtype and on the device that it trains with.
 
-    DeepSpeed casts it, keeps fp32 master weights, and moves it to the device.
+    DeepSpeed makes its fp32 master weights from these.
 
     Args:
-        load_weights: overwrites the random weights.
+        load_weights: instead of random weights.
+        ds_config: of the engine that is to train it: at ZeRO stage 3 this rank keeps its part of
+            each parameter alone, and every rank must call this. None for a model of its own.
+        topology: whose ranks share sequences and tensors of it, so that this rank keeps its part of
+            the tensors; None for a model of its own.
     """
     config = with_kernel(recipe, device.type)
-    model = DecoderLM(config, shard.parts, shard.part, recipe.train.activation_checkpointing)
-    initialize(model, recipe.seed)
-    if load_weights is not None:
-        load_weights(model, shard.part, shard.parts)
-    # After the weights: converted layers keep their parameters and names.
+    dtype = DTYPES[precision]
+    with without_values():
+        model = DecoderLM(config, shard.parts, shard.part, recipe.train.activation_checkpointing)
+    # Converted layers keep their parameters and names.
     if precision == "fp8":
         convert_linears(model, device)
+    if topology is not None:
+        share_sequences(model, topology)
+    partitions = None
+    if ds_config is not None and stage_of(ds_config) == 3:
+        partitions = PartitionedStart(model, without_monitors(ds_config), dtype)
+    stored = {} if load_weights is None else load_weights(model, shard.part, shard.parts)
+    place_weights(model, recipe.seed, stored, dtype, device, partitions)
     return model
 
 
@@ -171,7 +188,7 @@ def check_buckets(model: nn.Module, zero: JsonObject, device: torch.device) -> N
 def share_sequences(model: DecoderLM, topology: Topology) -> None:
     """Let neighbouring ranks share sequences and tensors, if the topology says so.
 
-    Every rank must call it, after the model has its weights.
+    Every rank must call it, before the model has its weights.
     """
     sp_size, tp_size, parts = topology.sp_size, topology.tp_size, topology.token_parts
     firsts = range(0, topology.world_size, parts)

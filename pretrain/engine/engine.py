@@ -21,7 +21,6 @@ from pretrain.engine.build import (
     expert_shard,
     frozen_names,
     leave_compiler_out,
-    share_sequences,
     stage_of,
     start_deepspeed,
 )
@@ -71,7 +70,7 @@ class Engine:
         recipe: with ``model.vocab_size`` resolved.
         ds_config: resolved by :func:`pretrain.engine.ds_config.resolve_ds_config`.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``fp8``.
-        load_weights: overwrites the random weights of the fp32 model on the host.
+        load_weights: of those tensors that do not start from random values.
 
     Attributes:
         recipe: of the whole run.
@@ -104,8 +103,9 @@ class Engine:
         shard = expert_shard(recipe, topology, self.zero_stage)
         self.expert_part = shard.part
         self.expert_parts = shard.parts
-        self.model = build_model(recipe, precision, shard, topology.device, load_weights)
-        share_sequences(self.model, topology)
+        self.model = build_model(
+            recipe, precision, shard, topology.device, load_weights, ds_config, topology
+        )
         self._frozen_names = frozen_names(self.model, recipe.model, recipe.phases)
         self.sparse_optimizer = take_expert_tables(self.model, recipe, shard.parts, topology)
         # Weights are drawn from named streams, dropout and router noise from those of micro

@@ -49,19 +49,24 @@ class WidthScale(NamedTuple):
 UNCHANGED = WidthScale(1.0, 1.0)
 
 
-@torch.no_grad()
-def scale_by_width(model: DecoderLM) -> None:
-    """Scale random weights in place, and mark parameters with their ``learning_rate_scale``.
+def scale_of(name: str, config: ModelConfig, scales: dict[str, WidthScale]) -> WidthScale:
+    """The scale of a parameter, by its name in the model.
 
-    The mark, which the optimizer's groups read, is left out if it is 1.
+    Args:
+        scales: :func:`width_scales` of the model.
     """
-    scales = width_scales(model.config)
+    return scales.get(_first_expert(name, config), UNCHANGED)
+
+
+def mark_learning_rates(model: DecoderLM, scales: dict[str, WidthScale]) -> None:
+    """Mark parameters with their ``learning_rate_scale``, which the optimizer's groups read.
+
+    The mark is left out if it is 1.
+    """
     for name, parameter in model.named_parameters():
-        scale = scales.get(_first_expert(name, model.config), UNCHANGED)
-        if scale.size != 1.0:
-            parameter.mul_(scale.size)
-        if scale.learning_rate != 1.0:
-            parameter.learning_rate_scale = scale.learning_rate  # type: ignore[attr-defined]
+        factor = scale_of(name, model.config, scales).learning_rate
+        if factor != 1.0:
+            parameter.learning_rate_scale = factor  # type: ignore[attr-defined]
 
 
 def width_scales(config: ModelConfig) -> dict[str, WidthScale]:

@@ -65,6 +65,8 @@ class ModelSize:
             routers or vectors.
         parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient
             (PEER).
+        largest_tensor: elements of the largest tensor that is drawn or read at once when a model is
+            built: a parameter, or of stacked experts one expert's.
         components: ``parameters_total`` by component; the block of multi-token prediction is one.
         components_active: ``parameters_active`` likewise.
         flops_per_token: forward and backward: 6 per matrix weight that a token is multiplied with,
@@ -78,6 +80,7 @@ class ModelSize:
     parameters_sharded: int
     parameters_matrices: int
     parameters_rows: int
+    largest_tensor: int
     components: dict[str, int]
     components_active: dict[str, int]
     flops_per_token: float
@@ -100,7 +103,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         model = DecoderLM(config, ep_size=num_experts)
     components = dict.fromkeys(COMPONENTS, 0)
     active = dict.fromkeys(COMPONENTS, 0)
-    sharded = experts = products = matrices = 0
+    sharded = experts = products = matrices = largest = 0
     for name, parameter in model.named_parameters():
         component = _component(name, config)
         is_sharded = not getattr(parameter, "allreduce", True)
@@ -109,6 +112,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         # num_experts.
         count = parameter.numel() * (num_experts if is_sharded else 1)
         used = count
+        largest = max(largest, parameter.numel())
         sharded += count if is_sharded else 0
         if role in (Role.EXPERT, Role.EXPERT_BIAS):
             experts = experts + count
@@ -134,6 +138,7 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         parameters_sharded=sharded,
         parameters_matrices=matrices,
         parameters_rows=experts if config.moe is not None and config.moe.has_tables else 0,
+        largest_tensor=largest,
         components=components,
         components_active=active,
         flops_per_token=6.0 * (products + _vocabulary_products(model))

@@ -1,12 +1,13 @@
 """Cuts the parameters of a model that ranks share by tensor parallelism.
 
-A model is built and filled whole, so that its initial weights do not depend on the number of ranks;
-then each rank keeps its columns or rows. To DeepSpeed a shard is an expert: its gradient is that of
+Parameters are cut before they have values: initial weights are those of the whole tensors, of which
+each rank keeps its columns or rows. To DeepSpeed a shard is an expert: its gradient is that of
 all tokens of the ranks that share the tensor, and is summed over the ranks with the same shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,34 @@ class Shard(NamedTuple):
     dim: int
     part: int
     parts: int
+
+
+# Returns the elements ``start`` to ``stop`` (excluded) of a tensor, flat.
+RangeReader = Callable[[int, int], Tensor]
+
+
+def whole_shape(shape: torch.Size, shard: Shard) -> torch.Size:
+    """The shape of the tensor of which a parameter of this shape is a part."""
+    sizes = list(shape)
+    sizes[shard.dim] *= shard.parts
+    return torch.Size(sizes)
+
+
+def part_of(read: RangeReader, shape: torch.Size, shard: Shard) -> RangeReader:
+    """A reader of a part with this shape, from one of the whole tensor."""
+    if shard.dim == 0:
+        before = shard.part * shape.numel()
+        return lambda start, stop: read(before + start, before + stop)
+    number, width = shape[-1], shape[-1] * shard.parts
+    first = shard.part * number
+
+    def columns(start: int, stop: int) -> Tensor:
+        first_row, last_row = start // number, -(-stop // number)
+        rows = read(first_row * width, last_row * width).view(-1, width)
+        found = rows[:, first : first + number].reshape(-1)
+        return found[start - first_row * number : stop - first_row * number]
+
+    return columns
 
 
 def shard_of(parameter: nn.Parameter) -> Shard | None:

@@ -1,7 +1,7 @@
 """Whether a machine can hold a rank's part of a model, before a single tensor exists.
 
 Only what is surely impossible is refused: weights and optimizer state must be in memory for the
-whole run, and the fp32 weights on the host when the model is built. Gradients, activations and
+whole run, and a rank's weights and two tensors when the model is built. Gradients, activations and
 buffers come on top of that; they are in a warning.
 """
 
@@ -16,8 +16,8 @@ import torch
 
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
-from pretrain.model.sizes import ModelSize, model_size
-from pretrain.run.memory import activation_bytes, state_bytes_per_rank
+from pretrain.model.sizes import model_size
+from pretrain.run.memory import activation_bytes, start_bytes_per_rank, state_bytes_per_rank
 from pretrain.run.resolve import ResolvedConfig
 
 # More memory than any server has that is sold as one machine.
@@ -46,7 +46,7 @@ class Demand:
     """Bytes that one rank needs at least.
 
     Attributes:
-        built: of its fp32 weights on the host, before DeepSpeed takes the model.
+        built: of the host when the model is built: its weights if they are there, and two tensors.
         host, gpu: of weights and optimizer state for the whole run; ``gpu`` on a GPU only.
         likely: with gradients and activations, where weights are.
     """
@@ -109,8 +109,19 @@ def demand_of(config: ResolvedConfig, has_gpu: bool) -> Demand:
         # DeepSpeed may leave a part of it where it was.
         share = (zero.get(offload) or {}).get("ratio", 1.0) if place != usual else 1.0
         places[place] += int(state[part] * share)
+    start = start_bytes_per_rank(
+        size,
+        state,
+        recipe.train.precision,
+        config.zero_stage,
+        config.world_size,
+        recipe.parallel.ep_size,
+    )
+    # On a GPU weights are made there, one by one; at stage 3 DeepSpeed joins the parts of a rank on
+    # the host once.
+    on_device = has_gpu and config.zero_stage < 3
     return Demand(
-        built=_built_bytes(size, recipe.parallel.ep_size, config.world_size, config.zero_stage),
+        built=start["built"] - (state["weights"] if on_device else 0),
         host=places["host"],
         gpu=places["gpu"],
         likely=places[usual] + state["gradients"] + activations,
@@ -121,14 +132,6 @@ def _place(offload: JsonObject | None, usual: str) -> str:
     device = (offload or {}).get("device", "none")
     # Without a GPU the host is where everything is anyway.
     return {"cpu": "host", "nvme": "nvme"}.get(device, usual)
-
-
-def _built_bytes(size: ModelSize, ep_size: int, world_size: int, zero_stage: int) -> int:
-    """Return bytes of the fp32 model of one rank, with its part of the experts at least."""
-    # PEER's tables are in parts over all ranks at stage 3, other experts over ep_size ranks.
-    parts = world_size if zero_stage == 3 else ep_size
-    dense = size.parameters_stored - size.parameters_sharded
-    return 4 * (dense + size.parameters_sharded // parts)
 
 
 def check_any_machine(demand: Demand, world_size: int) -> None:
@@ -162,8 +165,8 @@ def check_machine(demand: Demand, machine: Machine, world_size: int) -> str | No
     )
     if demand.built > machine.host_bytes:
         raise ConfigError(
-            f"a rank's model takes {_gigabytes(demand.built)} of fp32 weights when it is built, "
-            f"and this machine has {_gigabytes(machine.host_bytes)}: {hint}"
+            f"a rank's model takes {_gigabytes(demand.built)} of weights and two tensors when it "
+            f"is built, and this machine has {_gigabytes(machine.host_bytes)}: {hint}"
         )
     ranks = f"{machine.ranks} ranks" if machine.ranks > 1 else "the one rank"
     if demand.host * machine.ranks > machine.host_bytes:

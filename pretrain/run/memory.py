@@ -24,8 +24,8 @@ def state_bytes_per_rank(
     """
     # Bytes an element of weights and gradients, and of the fp32 master weights, which ZeRO keeps
     # in fp32 training too.
-    width = 4 if precision == "fp32" else 2
-    master = 0 if precision == "fp32" and zero_stage == 0 else 4
+    width = _width(precision)
+    master = _master_width(precision, zero_stage)
     parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     if size.parameters_rows:
         # Tables of experts: fp32 weights, sharded over all ranks at stage 3; gradients of the rows
@@ -35,18 +35,77 @@ def state_bytes_per_rank(
         if optimizer.sparse_optimizer is not None:
             moments = optimizer.sparse_optimizer.matrix_state_bytes
         parts["optimizer"] += size.parameters_rows * moments / world_size
-    others = size.parameters_stored - size.parameters_sharded - size.parameters_matrices
-    sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
-    # Parameters, the ranks that hold the same ones, and bytes of optimizer state an element.
-    for count, replicas, state in (
-        (others, world_size, optimizer.other_state_bytes),
-        (size.parameters_matrices, world_size, optimizer.matrix_state_bytes),
-        (sharded, world_size / ep_size, optimizer.matrix_state_bytes),
+    others, matrices, sharded = _trained(size, world_size, ep_size)
+    # Bytes of optimizer state an element.
+    for (count, replicas), state in (
+        (others, optimizer.other_state_bytes),
+        (matrices, optimizer.matrix_state_bytes),
+        (sharded, optimizer.matrix_state_bytes),
     ):
         parts["weights"] += count * width / (replicas if zero_stage == 3 else 1)
         parts["gradients"] += count * width / (replicas if zero_stage >= 2 else 1)
         parts["optimizer"] += count * (state + master) / (replicas if zero_stage >= 1 else 1)
     return {name: int(value) for name, value in parts.items()} | {"total": int(sum(parts.values()))}
+
+
+def start_bytes_per_rank(
+    size: ModelSize,
+    state: dict[str, int],
+    precision: str,
+    zero_stage: int,
+    world_size: int,
+    ep_size: int,
+) -> dict[str, int]:
+    """Return bytes of one rank at the two peaks of its start, before its first step.
+
+    ``built``: its weights, and two tensors: one of its parameters whole, and one that a random
+    stream or a file fills, in fp32. ``handed_over``: its weights, its fp32 master weights, and what
+    DeepSpeed has at the same time: gradients in fp32, and at stage 0 moments too; at stage 3 a
+    second copy of the largest group of master weights, and later its gradients.
+
+    Args:
+        state: what the rank holds in training, of :func:`state_bytes_per_rank`.
+    """
+    width = _width(precision)
+    # At stage 3 in fp32, and at stage 0, DeepSpeed updates the weights themselves.
+    master = 0 if precision == "fp32" and zero_stage in (0, 3) else 4
+    groups = [
+        int(count * master / (replicas if zero_stage >= 1 else 1))
+        for count, replicas in _trained(size, world_size, ep_size)
+    ]
+    masters = sum(groups)
+    if zero_stage == 3:
+        handed_over = masters + max(*groups, state["gradients"])
+    elif zero_stage == 0 and master:
+        handed_over = state["optimizer"] + masters
+    else:
+        handed_over = 2 * masters
+    return {
+        "built": state["weights"] + size.largest_tensor * (4 + width),
+        "handed_over": state["weights"] + handed_over,
+    }
+
+
+def _width(precision: str) -> int:
+    return 4 if precision == "fp32" else 2
+
+
+def _master_width(precision: str, zero_stage: int) -> int:
+    return 0 if precision == "fp32" and zero_stage == 0 else 4
+
+
+def _trained(size: ModelSize, world_size: int, ep_size: int) -> list[tuple[float, float]]:
+    """Return elements that DeepSpeed trains on a rank, and the ranks that hold the same ones.
+
+    Others than matrices, matrices that are on every rank, and experts.
+    """
+    others = size.parameters_stored - size.parameters_sharded - size.parameters_matrices
+    sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
+    return [
+        (others, world_size),
+        (size.parameters_matrices, world_size),
+        (sharded, world_size / ep_size),
+    ]
 
 
 def activation_bytes(

@@ -16,7 +16,7 @@ from pretrain.model.attention.kernels.base import chosen_kernel
 from pretrain.model.sizes import ModelSize, model_size
 from pretrain.optim.frozen import frozen_parameters
 from pretrain.run.estimate import Estimate, Hardware, estimate_time
-from pretrain.run.memory import activation_bytes, state_bytes_per_rank
+from pretrain.run.memory import activation_bytes, start_bytes_per_rank, state_bytes_per_rank
 from pretrain.run.resolve import ResolvedConfig
 from pretrain.training.schedules import run_learning_rate_factor
 
@@ -51,6 +51,7 @@ class Plan:
     Attributes:
         first_step: steps that a branch has of its parent run; they take no time.
         state_bytes: of weights, gradients and optimizer state on one rank, and their ``total``.
+        start_bytes: on one rank at the peak of its start.
         activation_bytes: on one rank, in the phase that needs most.
         phases: empty for a run without phases.
         weight_notes: in what ``initial_weights`` differ from the recipe.
@@ -65,6 +66,7 @@ class Plan:
     size: ModelSize
     first_step: int
     state_bytes: dict[str, int]
+    start_bytes: int
     activation_bytes: int
     hardware: Hardware
     estimate: Estimate
@@ -105,6 +107,7 @@ class Plan:
             "train_tokens": config.timeline.num_tokens if self.has_length else None,
             "gradient_accumulation_steps": self.accumulation_steps,
             "state_bytes_per_rank": self.state_bytes,
+            "start_bytes_per_rank": self.start_bytes,
             "activation_bytes_per_rank": self.activation_bytes,
             "gpu": None if gpu is None else asdict(gpu),
             "estimated_seconds": self.estimate.seconds,
@@ -138,6 +141,14 @@ def make_plan(
         recipe.parallel.ep_size,
         recipe.optimizer,
     )
+    start_bytes = start_bytes_per_rank(
+        size,
+        state_bytes,
+        precision,
+        config.zero_stage,
+        config.world_size,
+        recipe.parallel.ep_size,
+    )
     # A phase of longer sequences may need more than the recipe outside of phases.
     activations = max(
         activation_bytes(recipe.model, phase.recipe.train, precision, recipe.parallel.token_parts)
@@ -157,6 +168,7 @@ def make_plan(
         size=size,
         first_step=first_step,
         state_bytes=state_bytes,
+        start_bytes=max(start_bytes.values()),
         activation_bytes=activations,
         hardware=hardware,
         estimate=estimate,

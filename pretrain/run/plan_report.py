@@ -79,6 +79,7 @@ def _plan_lines(plan: Plan) -> dict[str, str]:
         ),
         "computes by": f"attention kernel {plan.attention_kernel}, compiled: {plan.compiled}",
         "memory a rank": _memory_line(plan),
+        "before the first step": f"{plan.start_bytes / 1e9:.2f} GB a rank at most",
         "time": time,
     }
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from pretrain.model.token_parallel import TokenParts
 
@@ -72,8 +72,28 @@ class RoutingRecord:
         return rows
 
 
-# Fills a tensor in place with the random values of the stream that a name seeds.
-Fill = Callable[[torch.Tensor, str], None]
+class Stream(NamedTuple):
+    """Elements of a parameter that come from one named stream of random values.
+
+    A stream is drawn at once, as a tensor of ``shape``; the parameter may take a part of it. Both
+    are counted in elements, flat and in row-major order.
+
+    Attributes:
+        name: of the stream, which seeds it.
+        start: the first of these elements in the parameter.
+        first, last: those that it takes of the stream, ``last`` excluded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    first: int
+    last: int
+
+
+def whole_stream(name: str, shape: torch.Size, start: int = 0) -> Stream:
+    """A stream of which a parameter takes all elements, from its element ``start`` on."""
+    return Stream(name, tuple(shape), start, 0, shape.numel())
 
 
 class MoELayer:
@@ -90,11 +110,12 @@ class MoELayer:
     token_parts: TokenParts | None = None
 
     @abstractmethod
-    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
-        """Fill the routed experts that this rank holds, and return their parameters.
+    def expert_streams(self, name: str) -> Iterator[tuple[nn.Parameter, list[Stream]]]:
+        """Yield each parameter of the routed experts that this rank holds, with its streams.
 
-        Each expert's values are named by its global index, ``{name}.expert.{index}.{parameter}``: a
-        model does not depend on the kind of layer or on how many ranks share it.
+        Each expert's streams are named by its global index, ``{name}.expert.{index}.{parameter}``:
+        a model does not depend on the kind of layer or on how many ranks share it. Parameters may
+        be on the meta device: only their shapes are read here.
 
         Args:
             name: of this layer in the model.

@@ -7,6 +7,7 @@ first choices only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,13 @@ from torch import distributed, nn
 from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import (
+    MoELayer,
+    RouterStatistics,
+    RoutingRecord,
+    Stream,
+    whole_stream,
+)
 from pretrain.model.moe.config import DeepSpeedMoEConfig
 from pretrain.model.moe.losses import router_statistics
 from pretrain.model.moe.router import Routing, TopKRouter
@@ -186,15 +193,13 @@ class DeepSpeedMoE(MoELayer, MoE):
             self.deepspeed_moe.gate.__class__ = _ObservedGate
         self.shared = shared_experts(model)
 
-    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
-        done: list[torch.Tensor] = []
+    def expert_streams(self, name: str) -> Iterator[tuple[nn.Parameter, list[Stream]]]:
         # Local indices start at 0 on every rank; random streams are named by the global index.
         first = self.ep_rank * self.num_local_experts
         for local, expert in enumerate(self.deepspeed_moe.experts.deepspeed_experts):
             for matrix, parameter in expert.named_parameters():
-                fill(parameter, f"{name}.expert.{first + local}.{matrix}")
-                done.append(parameter)
-        return done
+                stream = f"{name}.expert.{first + local}.{matrix}"
+                yield parameter, [whole_stream(stream, parameter.shape)]
 
     def forward(
         self,

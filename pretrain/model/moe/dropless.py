@@ -8,6 +8,7 @@ model's precision and it has no balancing losses.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -19,7 +20,13 @@ from torch.nn import functional
 
 from pretrain.core.errors import ConfigError
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import Fill, MoELayer, RouterStatistics, RoutingRecord
+from pretrain.model.moe.base import (
+    MoELayer,
+    RouterStatistics,
+    RoutingRecord,
+    Stream,
+    whole_stream,
+)
 from pretrain.model.moe.config import DroplessMoEConfig
 from pretrain.model.moe.dispatch import Grouping, combine, gather_tokens, group_rows
 from pretrain.model.moe.exchange.base import Routed, check_parts_here
@@ -120,6 +127,8 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         super().__init__(
             _layer_spec(config, model.hidden_size, rows), shapes, ep_size, ep_rank, layer_config
         )
+        # AutoEP makes it where the experts are, which may be the meta device.
+        self.tokens_per_expert = torch.zeros(config.num_experts)
         # The parameters stay the ones that AutoEP tagged for the engine (expert group, partition,
         # checkpoint); only the modules around them are replaced.
         tagged = super().get_submodule("experts")
@@ -127,8 +136,8 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         w2 = self._with_width(tagged.w2, config.moe_intermediate_size)
         expert = ExpertForm(form.implementing_class(), form, model.dropout.feed_forward)
         first = ep_rank * self.num_local_experts
-        # A model on the meta device is only counted, and lacks nothing.
-        is_counted = w2.device.type == "meta"
+        # A model that is built on the meta device as a whole is only counted, and lacks nothing.
+        is_counted = torch.empty(0).is_meta
         if not is_counted:
             check_parts_here(config, ep_size)
         kernel = expert_kernel_section("auto" if is_counted else config.expert_kernel)
@@ -150,21 +159,39 @@ class DroplessMoE(MoELayer, AutoEPMoELayer):
         self.config = config
         self.dropout = model.dropout.expert
 
-    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+    def expert_streams(self, name: str) -> Iterator[tuple[nn.Parameter, list[Stream]]]:
         experts = self.experts
-        for local in range(self.num_local_experts):
-            prefix = f"{name}.expert.{experts.first + local}"
-            fill(experts.w2[local], f"{prefix}.down_proj.weight")
-            if experts.form.config.gated:
-                fill(experts.w1[local], f"{prefix}.gate_proj.weight")
-                fill(experts.w3[local], f"{prefix}.up_proj.weight")
-            else:
-                # One stream for the whole matrix: its halves start as they would in other layers.
-                up = torch.cat((experts.w1[local], experts.w3[local]))
-                fill(up, f"{prefix}.up_proj.weight")
-                for half, rows in zip((experts.w1, experts.w3), up.chunk(2), strict=True):
-                    half[local] = rows
-        return [experts.w1, experts.w2, experts.w3]
+        names = [f"{name}.expert.{experts.first + one}" for one in range(self.num_local_experts)]
+
+        def streams(parameter: nn.Parameter, matrix: str) -> list[Stream]:
+            shape = parameter.shape[1:]
+            return [
+                whole_stream(f"{expert}.{matrix}", shape, index * shape.numel())
+                for index, expert in enumerate(names)
+            ]
+
+        yield experts.w2, streams(experts.w2, "down_proj.weight")
+        if experts.form.config.gated:
+            yield experts.w1, streams(experts.w1, "gate_proj.weight")
+            yield experts.w3, streams(experts.w3, "up_proj.weight")
+            return
+        # One stream for the whole matrix: its halves start as they would in other layers.
+        for half, parameter in enumerate((experts.w1, experts.w3)):
+            rows, columns = parameter.shape[1:]
+            size = rows * columns
+            yield (
+                parameter,
+                [
+                    Stream(
+                        name=f"{expert}.up_proj.weight",
+                        shape=(2 * rows, columns),
+                        start=index * size,
+                        first=half * size,
+                        last=(half + 1) * size,
+                    )
+                    for index, expert in enumerate(names)
+                ],
+            )
 
     def _with_width(self, tagged: nn.Parameter, width: int) -> nn.Parameter:
         """w2 for the hidden units that the activation returns, tagged as AutoEP's own parameter."""

@@ -8,6 +8,7 @@ would move 2 heads K D.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import distributed, nn
 from torch.nn import functional
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.moe.base import Fill, MoELayer, RoutingRecord
+from pretrain.model.moe.base import MoELayer, RoutingRecord, Stream
 from pretrain.model.moe.config import PEERConfig
 from pretrain.model.moe.product_keys import ProductKeys, Retrieval
 from pretrain.model.moe.shared_experts import shared_experts
@@ -110,27 +111,32 @@ class PEER(MoELayer, nn.Module):
         self.group = group
         self.usage_E = self.usage_E.to(device)
 
-    def fill_experts(self, name: str, fill: Fill) -> list[torch.Tensor]:
+    def expert_streams(self, name: str) -> Iterator[tuple[nn.Parameter, list[Stream]]]:
         """Each block of about a million values of a table has its own random stream.
 
         A block is drawn whole even if this rank holds a part of it, so that values do not depend on
         ep_size.
         """
-        done: list[torch.Tensor] = []
         first = self.ep_rank * self.num_local_experts
         last = first + self.num_local_experts
         for table_name, table in self.experts.named_parameters():
-            block = max(1, VALUES_A_STREAM // table[0].numel())
+            size = table[0].numel()
+            block = max(1, VALUES_A_STREAM // size)
             stem = table_name.removesuffix(".weight")
-            suffix = TABLE_SUFFIXES[table_name]
+            streams = []
             for start in range(first // block * block, last, block):
-                size = min(block, self.num_experts - start)
-                drawn = torch.empty(size, *table.shape[1:], device=table.device)
-                fill(drawn, f"{name}.{stem}.{start}{suffix}")
-                low, high = max(start, first), min(start + block, last)
-                table[low - first : high - first] = drawn[low - start : high - start]
-            done.append(table)
-        return done
+                stop = min(start + block, self.num_experts)
+                low, high = max(start, first), min(stop, last)
+                streams.append(
+                    Stream(
+                        name=f"{name}.{stem}.{start}{TABLE_SUFFIXES[table_name]}",
+                        shape=(stop - start, *table.shape[1:]),
+                        start=(low - first) * size,
+                        first=(low - start) * size,
+                        last=(high - start) * size,
+                    )
+                )
+            yield table, streams
 
     def forward(
         self, x_BSD: torch.Tensor, record: RoutingRecord | None = None, fractions_E: None = None

@@ -155,6 +155,27 @@ def test_an_optimizer_that_deepspeed_has_not_tried_is_refused() -> None:
     assert done.returncode != 0 and "untested ZeRO Optimizer" in done.stderr
 
 
+def test_experts_that_zero_init_partitions_are_spread_over_all_ranks() -> None:
+    passes("""
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig
+from pretrain.config.load import load_recipe
+from pretrain.model.moe.dropless import _layer_spec, _WeightShapes
+moe = load_recipe("debug", ["model.moe={kind: dropless, num_experts: 4, top_k: 2}"]).model.moe
+config = AutoEPConfig()
+config.use_grouped_mm = False
+source = _WeightShapes(moe, 8, 16)
+config_dict = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+with deepspeed.zero.Init(config_dict_or_path=config_dict, dtype=torch.float32):
+    layer = AutoEPMoELayer(_layer_spec(moe, 8, 16), source, 1, 0, config)
+experts = list(layer.experts.parameters())
+assert len(experts) == 3
+for expert in experts:
+    assert expert.ds_zero_partition_group_name == "ep_size_1"
+    assert expert.ds_process_group is torch.distributed.group.WORLD
+""")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_workaround_begins_with_the_same_entries(path: Path) -> None:
     head = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from pretrain.checkpoint.comparison import compare
 from pretrain.checkpoint.foreign_state_dict import FileWeights
-from pretrain.checkpoint.initialize_from import fill
+from pretrain.checkpoint.initialize_from import stored_readers
 from pretrain.core.errors import CheckpointError
+from pretrain.engine.placement import place_weights
 from pretrain.model.decoder import DecoderLM
+from pretrain.model.deferred import without_values
 from tests.support.tiny_model import KINDS, tiny_config, tiny_model
 
 MODEL = tiny_model(KINDS["dropless"], seed=5)
@@ -93,11 +95,36 @@ def test_safetensors_are_read_too_and_fill_a_model(half: bool, tmp_path: Path) -
     }
     save_file(state, tmp_path / "weights.safetensors")
     stored = FileWeights(tmp_path / "weights.safetensors", CONFIG)
-    model = DecoderLM(CONFIG, ep_size=2, ep_rank=1)
-    fill(model, stored, 1, 2, STATE.keys())
+    with without_values():
+        model = DecoderLM(CONFIG, ep_size=2, ep_rank=1)
+    readers = stored_readers(model, stored, 1, 2, STATE.keys())
+    place_weights(model, 0, readers, torch.float32, torch.device("cpu"), None)
     for name, tensor in model.state_dict().items():
         whole = STATE[name].bfloat16().float() if half else STATE[name]
         assert torch.equal(tensor, whole[2:] if ".experts." in name else whole), name
+
+
+@pytest.mark.parametrize("form", ["as it is", "numbered experts", "a list of experts"])
+def test_a_range_of_a_tensor_is_read_alone(form: str, tmp_path: Path) -> None:
+    stored = FileWeights(saved(tmp_path / "new.pt", FORMS[form]), CONFIG)
+    for name, tensor in STATE.items():
+        size = tensor.numel()
+        for first, last in ((0, size), (size // 3, size - size // 4), (size - 1, size)):
+            found = stored.read_range(name, first, last)
+            assert torch.equal(found, tensor.view(-1)[first:last]), name
+
+
+def test_experts_outside_of_the_range_are_not_read(tmp_path: Path) -> None:
+    stored = FileWeights(saved(tmp_path / "new.pt", FORMS["numbered experts"]), CONFIG)
+    name = next(name for name in STATE if name.endswith("experts.w1"))
+    read: list[int] = []
+    stored._readers[name] = [
+        lambda expert=expert, reader=reader: (read.append(expert), reader())[1]
+        for expert, reader in enumerate(stored._readers[name])
+    ]
+    size = STATE[name][0].numel()
+    stored.read_range(name, size + 1, 2 * size + 1)
+    assert read == [1, 2]
 
 
 class Payload:

@@ -81,7 +81,11 @@ def test_offload_moves_the_optimizer_to_the_host() -> None:
 @pytest.mark.parametrize(
     "demand,machine,part",
     [
-        (Demand(9 * GB, 0, 0, 0), Machine(8 * GB, None, 1), "fp32 weights when it is built"),
+        (
+            Demand(9 * GB, 0, 0, 0),
+            Machine(8 * GB, None, 1),
+            "weights and two tensors when it is built",
+        ),
         (Demand(0, 5 * GB, 0, 0), Machine(8 * GB, None, 2), "of 2 ranks here take 10.0 GB"),
         (Demand(0, 9 * GB, 0, 0), Machine(8 * GB, None, 1), "of the one rank here take 9.0 GB"),
         (Demand(0, 0, 90 * GB, 0), Machine(800 * GB, 80 * GB, 1), "its GPU has 80.0 GB"),
