@@ -14,7 +14,8 @@ from pretrain.checkpoint.optimizer_state import (
     load_optimizer,
 )
 from pretrain.checkpoint.places import buffers, own_pieces, pieces, table_pieces
-from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
+from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorReader
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.core import faults
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import use_masters

@@ -32,7 +32,8 @@ from pretrain.checkpoint.quantized import (
     never_quantized,
     quantize,
 )
-from pretrain.checkpoint.tensor_files import Range, TensorReader
+from pretrain.checkpoint.tensor_files import TensorReader
+from pretrain.checkpoint.tensor_headers import Range
 from pretrain.core.errors import CheckpointError
 from pretrain.engine.engine import Engine
 

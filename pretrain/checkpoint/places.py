@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from pretrain.checkpoint.tensor_files import Columns, Range
+from pretrain.checkpoint.tensor_headers import Columns, Range
 from pretrain.checkpoint.weights import global_name, is_expert
 from pretrain.engine.engine import Engine
 from pretrain.engine.fragments import Fragment, fragments, whole_shape

@@ -11,79 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pretrain.checkpoint.tensor_headers import (
+    DTYPES_OF_NAMES,
+    FORMAT_NAMES,
+    RANGES,
+    Columns,
+    Range,
+    TensorForm,
+    all_columns,
+    read_header,
+    read_ranges,
+)
 from pretrain.core.errors import CheckpointError
-
-FORMAT_NAMES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-}
-_DTYPES = {name: dtype for dtype, name in FORMAT_NAMES.items()}
-RANGES = "ranges"
-# Of a header: a longer one is no file of ours, and the library refuses it too.
-LARGEST_HEADER_BYTES = 100_000_000
-
-
-class TensorForm(NamedTuple):
-    """What a file's header says of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of values."""
-        return prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the values."""
-        return self.elements * self.dtype.itemsize
-
-
-class Columns(NamedTuple):
-    """Some neighbouring elements of a tensor's last dimension."""
-
-    first: int
-    number: int
-
-
-class Range(NamedTuple):
-    """Where a flat part of a tensor belongs.
-
-    Attributes:
-        start: its first element, in the whole tensor or among those of ``columns``.
-        shape: of the whole tensor.
-        columns: that it is a part of; None for all.
-    """
-
-    start: int
-    shape: tuple[int, ...]
-    columns: Columns | None = None
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it begins with the whole tensor's first element."""
-        return self.start == 0 and (self.columns is None or self.columns.first == 0)
-
-    def entry(self) -> list[object]:
-        """What a header says of it."""
-        return list(self) if self.columns is not None else [self.start, self.shape]
 
 
 class TensorFileWriter:
@@ -245,12 +193,12 @@ class TensorReader:
             self._check_whole(name, shares)
 
     def _add(self, path: Path) -> None:
-        header, first = _header(path)
+        header, first = read_header(path)
         strings = header.pop("__metadata__", {})
-        ranges = _ranges(strings.pop(RANGES, "{}"), path)
+        ranges = read_ranges(strings.pop(RANGES, "{}"), path)
         self.metadata |= strings
         for name, entry in header.items():
-            dtype = _DTYPES.get(entry["dtype"])
+            dtype = DTYPES_OF_NAMES.get(entry["dtype"])
             if dtype is None:
                 raise CheckpointError(
                     f"the tensor '{name}' in {path} is stored as {entry['dtype']}: "
@@ -270,14 +218,14 @@ class TensorReader:
                 start,
                 start + stored.elements,
                 first + entry["data_offsets"][0],
-                columns or _all_columns(shape),
+                columns or all_columns(shape),
             )
             self._shares.setdefault(name, []).append(share)
 
     def _check_whole(self, name: str, shares: list[Share]) -> None:
         """Check that the sorted shares are all elements of a tensor, each once."""
         form = self._forms[name]
-        width, elements = _all_columns(form.shape).number, form.elements
+        width, elements = all_columns(form.shape).number, form.elements
         end = columns_end = counted = 0
         columns = Columns(0, 0)
         for share in shares:
@@ -341,7 +289,7 @@ class TensorReader:
             CheckpointError: if a file has changed or cannot be read.
         """
         shape, shares = self._forms[name].shape, self._shares[name]
-        if not shares or shares[0].columns == _all_columns(shape):
+        if not shares or shares[0].columns == all_columns(shape):
             return self._read_shares(name, shares, start, stop)
         # Whole rows, column by column.
         width = shape[-1]
@@ -390,10 +338,6 @@ class TensorReader:
         return values
 
 
-def _all_columns(shape: tuple[int, ...]) -> Columns:
-    return Columns(0, shape[-1] if shape else 1)
-
-
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor; as bytes, because numpy has no bfloat16."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -406,52 +350,3 @@ def _read_all(file: Any, buffer: memoryview) -> None:
         if not count:
             raise EOFError("it ends too early")
         buffer = buffer[count:]
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The decoded header of a file, and the offset of its values."""
-    # The library checks that the header is sound and that the tensors fill the file.
-    with _opened(path):
-        pass
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(min(size, LARGEST_HEADER_BYTES))
-    return dict(json.loads(text)), 8 + size
-
-
-def _ranges(text: str, path: Path) -> dict[str, Range]:
-    """Decode the ranges in a header, which anybody may have written."""
-    try:
-        found = {
-            name: Range(
-                int(start),
-                tuple(int(size) for size in shape),
-                *(Columns(int(first), int(number)) for first, number in columns),
-            )
-            for name, (start, shape, *columns) in json.loads(text).items()
-        }
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        found = {"": Range(-1, ())}
-    if any(
-        min(start, *shape, *(columns or ()), 0) < 0 or (columns is not None and not shape)
-        for start, shape, columns in found.values()
-    ):
-        raise CheckpointError(
-            f"the header of {path} has ranges that are none: it is damaged, take another folder"
-        )
-    return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the weights are incomplete, take another folder"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): it is damaged, take another folder"
-        ) from None

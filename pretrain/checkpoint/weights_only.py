@@ -17,7 +17,8 @@ from tqdm import tqdm
 from data_pipeline.tokenizer.files import same_kind_of
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.state import CheckpointState
-from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
+from pretrain.checkpoint.tensor_files import TensorFileWriter
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.checkpoint.tokenizer_files import read_side_files, write_side_files
 from pretrain.checkpoint.weights import WEIGHTS, file_of, is_expert
 from pretrain.config.load import recipe_to_yaml

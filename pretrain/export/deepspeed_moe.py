@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.pickled import load_pickled, plain_tensors
-from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.export.convert import Conversion
 from pretrain.export.name_map import Link, Links, check_names, their_forms, to_theirs

@@ -22,7 +22,8 @@ from pretrain.checkpoint.pickled import load_pickled
 from pretrain.checkpoint.random_state import derive_random_state, random_state
 from pretrain.checkpoint.rank_file import write_rank_file
 from pretrain.checkpoint.state import CheckpointState
-from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm
+from pretrain.checkpoint.tensor_files import TensorFileWriter
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.checkpoint.validate import open_whole_weights
 from pretrain.checkpoint.weights import OPTIMIZER, RANK, WEIGHTS, file_of
 from pretrain.checkpoint.weights_only import tensor_shapes

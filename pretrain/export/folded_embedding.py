@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.export.name_map import Tensors
 from pretrain.model.config import ModelConfig
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.core.errors import CheckpointError
 
 

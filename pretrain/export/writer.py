@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorForm, TensorReader
+from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorReader
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.core.errors import CheckpointError, ConfigError, StorageError
 from pretrain.core.files import JsonObject, appearing_folder
 from pretrain.core.strict_json import NotAnObject, read_object

@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.checkpoint import layout
 from pretrain.checkpoint.engine_state import write_tensors
 from pretrain.checkpoint.optimizer_state import Stored
-from pretrain.checkpoint.tensor_files import Range
+from pretrain.checkpoint.tensor_headers import Range
 from pretrain.checkpoint.weights import WEIGHTS, file_of, load_state_dict
 from pretrain.checkpoint.weights_only import write_weights_folder
 from pretrain.config.load import apply_override, validate_recipe

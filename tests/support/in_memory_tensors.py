@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.checkpoint.tensor_headers import TensorForm
 
 
 class InMemoryTensors:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.checkpoint.tensor_files import Range, TensorFileWriter, TensorForm, TensorReader
+from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorReader
+from pretrain.checkpoint.tensor_headers import Range, TensorForm
 from pretrain.core.errors import CheckpointError
 
 TENSORS = {

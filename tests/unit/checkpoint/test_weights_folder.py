@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint.layout import MANIFEST, damage, read_recipe, read_state, resolve_checkpoint
-from pretrain.checkpoint.tensor_files import RANGES
+from pretrain.checkpoint.tensor_headers import RANGES
 from pretrain.checkpoint.validate import open_whole_weights
 from pretrain.checkpoint.weights import WEIGHTS, file_of, load_model, load_state_dict
 from pretrain.checkpoint.weights_only import tensor_shapes, write_weights_folder

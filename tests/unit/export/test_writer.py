@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pretrain.checkpoint.tensor_files import TensorForm
+from pretrain.checkpoint.tensor_headers import TensorForm
 from pretrain.core.errors import CheckpointError, ConfigError, StorageError
 from pretrain.export.name_map import Link
 from pretrain.export.parity import check_same_numbers, same_bits
