@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import StorageError
-from pretrain.evaluation.result import LengthsResult
+from pretrain.evaluation.result import LengthsResult, NeedleResult
 
 UNITS = {"loss": "nats per token", "window": "tokens", "stride": "tokens", "targets": "tokens"}
 HELDOUT = ("step", "targets", "window", "stride", "loss", "perplexity", "accuracy", "bits_per_byte")
@@ -46,6 +46,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += _heldout_section(result)
     if "lengths" in result:
         lines += _lengths_section(result["lengths"])
+    if "needles" in result:
+        lines += _needles_section(result["needles"])
     if "tasks" in result:
         lines += _section(
             "Tasks (lm-evaluation-harness)",
@@ -119,6 +121,25 @@ def _lengths_section(result: LengthsResult) -> list[str]:
     ]
     heading = f"loss at positions of {lengths[-1]} tokens"
     return [*lines, "", *_table([heading, *variants], rows), ""]
+
+
+def _needles_section(result: NeedleResult) -> list[str]:
+    """Retrieval by context length (rows) and depth (columns): accuracy, then loss."""
+    title = f"Needles of the form {result['form']}, {result['samples']} at each length and depth"
+    lines = [f"## {title}", ""]
+    if result["trained_length"] is not None:
+        trained = f"{result['trained_position']} on {result['trained_length']} tokens"
+        lines += [f"Trained with {trained}.", ""]
+    depths = list(next(iter(next(iter(result["variants"].values())).values())))
+    for key, what in (("accuracy", "found"), ("loss", "loss of the value, nats a token")):
+        rows = [
+            [name, length, *(scores[depth][key] for depth in depths)]  # type: ignore[literal-required]
+            for name, by_length in result["variants"].items()
+            for length, scores in by_length.items()
+        ]
+        columns = ["positions", "context, tokens", *(f"depth {depth}" for depth in depths)]
+        lines += [f"{what.capitalize()}:", "", *_table(columns, rows), ""]
+    return lines
 
 
 def _scores(
