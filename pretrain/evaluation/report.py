@@ -130,6 +130,8 @@ def _needles_section(result: NeedleResult) -> list[str]:
     if result["trained_length"] is not None:
         trained = f"{result['trained_position']} on {result['trained_length']} tokens"
         lines += [f"Trained with {trained}.", ""]
+    if result["depends_on_batch"] is not None:
+        lines += [f"Results depend on the batch: {result['depends_on_batch']}.", ""]
     depths = list(next(iter(next(iter(result["variants"].values())).values())))
     for key, what in (("accuracy", "found"), ("loss", "loss of the value, nats a token")):
         rows = [

@@ -89,6 +89,7 @@ class NeedleResult(TypedDict):
         trained_length: tokens; None for a Hugging Face folder, which does not say.
         samples: needles, each with a filler of its own.
         value_tokens: the mean length of a value.
+        depends_on_batch: why the result depends on the batch size; None if it does not.
         variants: scores by length and by depth, by position encoding.
     """
 
@@ -99,6 +100,7 @@ class NeedleResult(TypedDict):
     trained_length: int | None
     samples: int
     value_tokens: float
+    depends_on_batch: str | None
     variants: dict[str, dict[str, dict[str, NeedleScore]]]
 
 

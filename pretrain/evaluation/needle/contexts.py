@@ -35,26 +35,21 @@ class Needle:
     question: list[int]
     value: list[int]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a context without any filler."""
-        return len(self.whole) + len(self.question) + len(self.value)
-
-    def context(self, filler: Sequence[int], length: int, depth: float) -> Context:
-        """A context of ``length`` tokens, the value included.
+    def context(self, filler: Sequence[int], tokens: int, depth: float) -> Context:
+        """A prompt of so many tokens.
 
         Args:
-            filler: at least ``length`` tokens less those of the needle and the question.
+            filler: at least ``tokens`` less those of the needle and the question.
             depth: share of the filler that comes before the needle, from 0 to 1.
 
         Raises:
             ConfigError: if needle and question alone are longer.
         """
-        room = length - self.tokens
+        room = tokens - len(self.whole) - len(self.question)
         if room < 0:
             raise ConfigError(
-                f"--needle has contexts of {length} tokens, and a needle with its question takes"
-                f" {self.tokens}: give longer ones"
+                f"--needle has contexts that leave {tokens} tokens before the value, and a needle"
+                f" with its question takes {tokens - room}: give longer ones"
             )
         before = round(depth * room)
         prompt = [*filler[:before], *self.whole, *filler[before:room], *self.question]
@@ -69,9 +64,13 @@ class Haystack:
     fillers: list[list[int]]
 
     def contexts(self, length: int, depth: float) -> list[Context]:
-        """One context of each sample; shorter ones begin with the same filler."""
+        """One context of each sample; shorter ones begin with the same filler.
+
+        All prompts have the same number of tokens: ``length`` less those of the longest value.
+        """
+        tokens = length - max(len(needle.value) for needle in self.needles)
         return [
-            needle.context(filler, length, depth)
+            needle.context(filler, tokens, depth)
             for needle, filler in zip(self.needles, self.fillers, strict=True)
         ]
 

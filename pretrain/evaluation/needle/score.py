@@ -168,10 +168,12 @@ def score_checkpoint_needles(
     datasets = load_matching_corpora(options.data, checkpoint)
     tokenizer = load_tokenizer(tokenizer_file(checkpoint), trained.data.tokenizer)
     haystack: Haystack | None = None
+    dependence: str | None = None
     variants: dict[str, Scores] = {}
     for name, recipe in recipes.items():
         model, _ = load_model(checkpoint, device=device, recipe=recipe)
         opened = NativeGenerator(model, tokenizer, device)
+        dependence = opened.call_dependence
         if haystack is None:
             around = {tokenizer.eod_id, tokenizer.bos_id}
             text = read_split(datasets, options.split)
@@ -181,7 +183,9 @@ def score_checkpoint_needles(
         )
     assert haystack is not None
     length = trained.train.sequence_length
-    return _result(trained.model.position.kind, length, datasets, options, haystack, variants)
+    return _result(
+        trained.model.position.kind, length, datasets, options, haystack, variants, dependence
+    )
 
 
 def score_transformers_needles(
@@ -217,7 +221,15 @@ def score_transformers_needles(
     scores = score_haystack(
         opened, haystack, lengths, options.depths, batch_size, f"needles, {folder.name}"
     )
-    return _result(folder.name, None, datasets, options, haystack, {folder.name: scores})
+    return _result(
+        folder.name,
+        None,
+        datasets,
+        options,
+        haystack,
+        {folder.name: scores},
+        opened.call_dependence,
+    )
 
 
 def _haystack(
@@ -246,6 +258,7 @@ def _result(
     options: NeedleOptions,
     haystack: Haystack,
     variants: dict[str, Scores],
+    dependence: str | None,
 ) -> NeedleResult:
     return {
         "data": datasets.place,
@@ -256,5 +269,6 @@ def _result(
         "samples": options.samples,
         "value_tokens": sum(len(needle.value) for needle in haystack.needles)
         / len(haystack.needles),
+        "depends_on_batch": dependence,
         "variants": variants,
     }

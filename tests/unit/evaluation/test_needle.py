@@ -157,7 +157,7 @@ def test_a_context_has_its_length_its_needle_at_its_depth_and_no_other_value() -
                 assert len(context.prompt) + len(context.value) == length
                 (key,) = needle.question
                 assert context.prompt[-1] == key and context.prompt.count(key) == 2
-                before = round(depth * (length - needle.tokens))
+                before = round(depth * (length - 4))
                 assert context.prompt[before : before + 2] == [key, *context.value]
                 assert opened.tokenizer.eod_id not in context.prompt
     # The same tokens in a second haystack, others with another seed.
@@ -215,7 +215,7 @@ def test_a_tokenizer_without_the_words_of_a_form_is_refused() -> None:
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_context_shorter_than_its_needle_is_refused(length: int) -> None:
-    with pytest.raises(ConfigError, match=f"contexts of {length} tokens, .* takes 4: give longer"):
+    with pytest.raises(ConfigError, match=f"leave {length - 1} tokens .* takes 3: give longer"):
         haystack_of(Oracle(recall(1))).contexts(length, 0.5)
 
 
