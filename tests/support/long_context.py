@@ -67,7 +67,7 @@ class LongContext:
 def make_long_context(folder: Path) -> LongContext:
     """Build the corpus with the commands that a user types."""
     made = LongContext(folder, folder / "data")
-    sizes = ("--short-tokens", SHORT_TOKENS, "--short-documents", 200, "--max-keys", 40)
+    sizes = ("--short-tokens", SHORT_TOKENS, "--short-documents", 200, "--max-keys", 24)
     sizes += ("--long-tokens", LONG_TOKENS, "--long-documents", 60)
     corpus = [TOOLS / "make_needle_corpus.py", "--output", folder / "texts", *sizes]
     shards = [TOOLS / "preprocess_data.py", *made.settings(folder / "unused")]

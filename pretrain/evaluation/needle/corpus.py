@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from pretrain.evaluation.needle.forms import PAIR_KEYS, PAIR_VALUES
 
-FILLER_WORDS = tuple(f"w{number}" for number in range(64))
+FILLER_WORDS = tuple(f"w{number}" for number in range(32))
 END, UNKNOWN = "<|endoftext|>", "<unk>"
 # Zipf's law: the n-th word is 1/n as frequent as the first one.
 FILLER_WEIGHTS = tuple(accumulate(1 / rank for rank in range(1, len(FILLER_WORDS) + 1)))
@@ -28,7 +28,7 @@ class Documents:
 
     Attributes:
         tokens: of each document, the one that ends it included.
-        pair_share: chance that a pair comes next, not a filler word.
+        pair_share: of the words, those in pairs.
         new_share: chance that a pair has a new key, as long as there are any.
         max_keys: of one document. The rest is for needles: they take a key that no word near
             them has.
@@ -37,18 +37,19 @@ class Documents:
     tokens: int
     pair_share: float = 0.5
     new_share: float = 0.25
-    max_keys: int = 96
+    max_keys: int = 64
 
     def words(self, source: random.Random) -> list[str]:
         """The words of one document, one fewer than it has tokens."""
+        # A pair has two words, a word of filler is one.
+        pair_chance = self.pair_share / (2 - self.pair_share)
         keys = iter(source.sample(PAIR_KEYS, self.max_keys))
         values: dict[str, str] = {}
         # From the key that was not said for longest to the last one.
         said: list[str] = []
         words: list[str] = []
         while len(words) < self.tokens - 1:
-            # A pair has two words.
-            if len(words) == self.tokens - 2 or source.random() >= self.pair_share:
+            if len(words) == self.tokens - 2 or source.random() >= pair_chance:
                 words += source.choices(FILLER_WORDS, cum_weights=FILLER_WEIGHTS)
                 continue
             key = None

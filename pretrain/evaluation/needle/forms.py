@@ -23,8 +23,8 @@ NOUNS = (
     " saddle teapot tunnel violin walnut"
 ).split()
 # The words of the synthetic corpus (pretrain/evaluation/needle/corpus.py).
-PAIR_KEYS = tuple(f"k{number}" for number in range(256))
-PAIR_VALUES = tuple(f"v{number}" for number in range(256))
+PAIR_KEYS = tuple(f"k{number}" for number in range(128))
+PAIR_VALUES = tuple(f"v{number}" for number in range(64))
 
 
 @dataclass(frozen=True)
