@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="gets short.jsonl, long.jsonl, tokenizer.json and corpus.json",
     )
-    for name, tokens, count in (("short", 256, 8_000), ("long", 2048, 800)):
+    for name, tokens, count in (("short", 256, 20_000), ("long", 2048, 1_000)):
         parser.add_argument(
             f"--{name}-tokens", type=int, default=tokens, metavar="N", help=f"(default: {tokens})"
         )

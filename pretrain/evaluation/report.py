@@ -16,6 +16,7 @@ HELDOUT = ("step", "targets", "window", "stride", "loss", "perplexity", "accurac
 GROUP = ("targets", "loss", "perplexity", "accuracy", "bits_per_byte")
 BASELINE = ("loss", "perplexity", "bits_per_byte", "targets", "windows")
 LENGTH = ("loss", "standard_error", "perplexity", "accuracy")
+NEEDLE = {"accuracy": "Found", "loss": "Loss of the value, nats a token"}
 CODE = ("problems", "samples", "timed_out", "without_network")
 
 
@@ -132,15 +133,17 @@ def _needles_section(result: NeedleResult) -> list[str]:
         lines += [f"Trained with {trained}.", ""]
     if result["depends_on_batch"] is not None:
         lines += [f"Results depend on the batch: {result['depends_on_batch']}.", ""]
-    depths = list(next(iter(next(iter(result["variants"].values())).values())))
-    for key, what in (("accuracy", "found"), ("loss", "loss of the value, nats a token")):
+    # As mappings, whose keys may be variables.
+    variants: Mapping[str, Mapping[str, Mapping[str, Mapping[str, object]]]] = result["variants"]
+    depths = list(next(iter(next(iter(variants.values())).values())))
+    columns = ["positions", "context, tokens", *(f"depth {depth}" for depth in depths)]
+    for key, what in NEEDLE.items():
         rows = [
-            [name, length, *(scores[depth][key] for depth in depths)]  # type: ignore[literal-required]
-            for name, by_length in result["variants"].items()
-            for length, scores in by_length.items()
+            [name, length, *(cell[key] for cell in by_depth.values())]
+            for name, by_length in variants.items()
+            for length, by_depth in by_length.items()
         ]
-        columns = ["positions", "context, tokens", *(f"depth {depth}" for depth in depths)]
-        lines += [f"{what.capitalize()}:", "", *_table(columns, rows), ""]
+        lines += [f"{what}:", "", *_table(columns, rows), ""]
     return lines
 
 

@@ -272,6 +272,6 @@ def test_documents_have_their_length_and_one_value_for_each_key(kind: Documents)
             values.setdefault(key, set()).add(value)
         assert all(len(found) == 1 for found in values.values())
         assert len(values) <= kind.max_keys
-        # Most pairs are questions that the document answers.
+        # Most pairs repeat a key whose value was said before.
         assert kind.tokens < 100 or len(pairs) > 1.5 * len(values)
     assert tokenizer.token_id(END) == tokenizer.eod_id == 0
