@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make quickstart      corpus, shards, pretraining, evaluation, export, text; 9 to 15 minutes on 2 cores"
-	@echo "make long-context    a model of 256 tokens extended to 2,048, asked for needles, minutes on 2 cores"
+	@echo "make long-context    a model of 256 tokens extended to 2,048, and asked for needles"
 	@echo "make lint            ruff and mypy"
 	@echo "make test-unit       tests of one process, minutes on 2 cores"
 	@echo "make test            lint, then the tests of one process and of real runs, about half an hour on 2 cores"
@@ -58,7 +58,8 @@ long-context: install
 	$(BIN)/python tools/preprocess_data.py --recipe long_context
 	$(BIN)/python launchers/pretrain.py --recipe long_context
 	$(BIN)/python tools/evaluate.py --checkpoint runs/long_context/checkpoints/latest \
-		--needle 256 512 1024 2048 --needle-form pairs --plot runs/long_context/needles.png
+		--needle 256 512 1024 2048 --needle-form pairs \
+		--lengths 256 512 1024 2048 --max-windows 20 --plot runs/long_context/needles.png
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A synthetic corpus that teaches recall: a model of a few 100,000 parameters learns it in minutes.
+"""A synthetic corpus that teaches recall, for models of a few 100,000 parameters.
 
 A document is a row of filler words with pairs among them: a key with its value (associative recall,
 Arora et al. 2023). Each key has a value of its own in each document, so that only the document says
