@@ -11,10 +11,11 @@ REQUIREMENTS := $(VENV)/.requirements
 STAMP := $(VENV)/.installed
 
 .PHONY: help requirements install quickstart lint test-unit test test-full test-gpu
-.PHONY: bench bench-quick bench-growth benchmark bench-data bench-peer bench-training soak clean
+.PHONY: long-context bench bench-quick bench-growth benchmark bench-data bench-peer bench-training soak clean
 
 help:
 	@echo "make quickstart      corpus, shards, pretraining, evaluation, export, text; 9 to 15 minutes on 2 cores"
+	@echo "make long-context    a model of 256 tokens extended to 2,048, and asked for needles"
 	@echo "make lint            ruff and mypy"
 	@echo "make test-unit       tests of one process, minutes on 2 cores"
 	@echo "make test            lint, then the tests of one process and of real runs, about half an hour on 2 cores"
@@ -51,6 +52,14 @@ install: $(STAMP)
 
 quickstart: install
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/quickstart.py
+
+long-context: install
+	$(BIN)/python tools/make_needle_corpus.py --output data/long_context_texts
+	$(BIN)/python tools/preprocess_data.py --recipe long_context
+	$(BIN)/python launchers/pretrain.py --recipe long_context
+	$(BIN)/python tools/evaluate.py --checkpoint runs/long_context/checkpoints/latest \
+		--needle 256 512 1024 2048 --needle-form pairs \
+		--lengths 256 512 1024 2048 --max-windows 20 --plot runs/long_context/needles.png
 
 lint: install
 	$(BIN)/ruff check .

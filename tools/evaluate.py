@@ -31,8 +31,9 @@ from pretrain.core.figures import save_figure
 from pretrain.evaluation.device import choose_device
 from pretrain.evaluation.generation.sampling import Sampling
 from pretrain.evaluation.heldout.length_arguments import add_lengths, length_options
-from pretrain.evaluation.heldout.lengths_plot import lengths_figure
 from pretrain.evaluation.human.command import add_human, asks_for_humans, run_human
+from pretrain.evaluation.needle.arguments import add_needles, needle_options
+from pretrain.evaluation.plot import evaluation_figure
 from pretrain.evaluation.report import markdown, write_markdown, write_tensorboard
 from pretrain.evaluation.result import EvaluationResult
 from pretrain.evaluation.tasks.harness import check_tasks
@@ -48,6 +49,11 @@ EXAMPLES = """\
       --stride 256 --baselines unigram bigram 5-gram exports/other
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest --max-windows 64 \\
       --lengths 256 512 1024 2048 --positions trained yarn --plot lengths.png
+  # is a value found that a context states once, at each length and depth?
+  python tools/evaluate.py --checkpoint runs/long_context/checkpoints/latest \\
+      --needle 256 512 1024 2048 --needle-form pairs --plot needles.png
+  python tools/evaluate.py --checkpoint exports/quickstart --data data/quickstart --needle \\
+      --depths 0 0.5 1 --needle-samples 50 --json -
   python tools/evaluate.py --checkpoint exports/quickstart --data data/quickstart \\
       --markdown report.md --tensorboard runs/quickstart/tensorboard
   python tools/evaluate.py --checkpoint runs/quickstart/checkpoints/latest \\
@@ -80,6 +86,7 @@ COUNTS = (
     "program_memory",
     "code_max_new_tokens",
     "human_raters",
+    "needle_samples",
 )
 
 
@@ -117,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parent", type=int, nargs=3, help=argparse.SUPPRESS)
     _add_heldout(parser)
     add_lengths(parser)
+    add_needles(parser)
     _add_tasks(parser)
     _add_texts(parser)
     add_human(parser)
@@ -296,12 +304,13 @@ def suite_of(arguments: argparse.Namespace) -> Suite:
     """
     check_arguments(arguments)
     chosen = arguments.tasks or arguments.prompts or arguments.references or arguments.code_problems
-    chosen = chosen or arguments.lengths
+    chosen = chosen or arguments.lengths or arguments.needle is not None
     heldout = heldout_options(arguments)
     return Suite(
         device=choose_device(arguments.device),
         heldout=heldout if arguments.heldout or not chosen else None,
         lengths=length_options(arguments),
+        needles=needle_options(arguments),
         tasks=task_options(arguments),
         prompts=arguments.prompts,
         references=arguments.references,
@@ -400,7 +409,7 @@ def publish(result: EvaluationResult, arguments: argparse.Namespace) -> None:
     if arguments.tensorboard is not None:
         write_tensorboard(result, arguments.tensorboard, result.get("step") or 0)
     if arguments.plot is not None:
-        figure = lengths_figure(result["lengths"], result["checkpoint"].replace("$", r"\$"))
+        figure = evaluation_figure(result, result["checkpoint"].replace("$", r"\$"))
         save_figure(figure, arguments.plot)
     write_json(result, arguments.json_path)
 

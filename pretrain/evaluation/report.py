@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import StorageError
-from pretrain.evaluation.result import LengthsResult
+from pretrain.evaluation.result import LengthsResult, NeedleResult
 
 UNITS = {"loss": "nats per token", "window": "tokens", "stride": "tokens", "targets": "tokens"}
 HELDOUT = ("step", "targets", "window", "stride", "loss", "perplexity", "accuracy", "bits_per_byte")
 GROUP = ("targets", "loss", "perplexity", "accuracy", "bits_per_byte")
 BASELINE = ("loss", "perplexity", "bits_per_byte", "targets", "windows")
 LENGTH = ("loss", "standard_error", "perplexity", "accuracy")
+NEEDLE = {"accuracy": "Found", "loss": "Loss of the value, nats a token"}
 CODE = ("problems", "samples", "timed_out", "without_network")
 
 
@@ -46,6 +47,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines += _heldout_section(result)
     if "lengths" in result:
         lines += _lengths_section(result["lengths"])
+    if "needles" in result:
+        lines += _needles_section(result["needles"])
     if "tasks" in result:
         lines += _section(
             "Tasks (lm-evaluation-harness)",
@@ -119,6 +122,29 @@ def _lengths_section(result: LengthsResult) -> list[str]:
     ]
     heading = f"loss at positions of {lengths[-1]} tokens"
     return [*lines, "", *_table([heading, *variants], rows), ""]
+
+
+def _needles_section(result: NeedleResult) -> list[str]:
+    """Retrieval by context length (rows) and depth (columns): accuracy, then loss."""
+    title = f"Needles of the form {result['form']}, {result['samples']} at each length and depth"
+    lines = [f"## {title}", ""]
+    if result["trained_length"] is not None:
+        trained = f"{result['trained_position']} on {result['trained_length']} tokens"
+        lines += [f"Trained with {trained}.", ""]
+    if result["depends_on_batch"] is not None:
+        lines += [f"Results depend on the batch: {result['depends_on_batch']}.", ""]
+    # As mappings, whose keys may be variables.
+    variants: Mapping[str, Mapping[str, Mapping[str, Mapping[str, object]]]] = result["variants"]
+    depths = list(next(iter(next(iter(variants.values())).values())))
+    columns = ["positions", "context, tokens", *(f"depth {depth}" for depth in depths)]
+    for key, what in NEEDLE.items():
+        rows = [
+            [name, length, *(cell[key] for cell in by_depth.values())]
+            for name, by_length in variants.items()
+            for length, by_depth in by_length.items()
+        ]
+        lines += [f"{what}:", "", *_table(columns, rows), ""]
+    return lines
 
 
 def _scores(

@@ -68,6 +68,42 @@ class LengthsResult(TypedDict):
     variants: dict[str, dict[str, LengthScore]]
 
 
+class NeedleScore(TypedDict):
+    """Retrieval at one context length and depth.
+
+    Attributes:
+        accuracy: share of contexts whose value greedy decoding finds whole.
+        loss: nats per token of the value.
+    """
+
+    contexts: int
+    accuracy: float
+    loss: float
+
+
+class NeedleResult(TypedDict):
+    """Scores of the same needles at several context lengths and depths.
+
+    Attributes:
+        form: see :data:`pretrain.evaluation.needle.forms.FORMS`.
+        trained_length: tokens; None for a Hugging Face folder, which does not say.
+        samples: needles, each with a filler of its own.
+        value_tokens: the mean length of a value.
+        depends_on_batch: why the result depends on the batch size; None if it does not.
+        variants: scores by length and by depth, by position encoding.
+    """
+
+    data: str
+    split: str
+    form: str
+    trained_position: str
+    trained_length: int | None
+    samples: int
+    value_tokens: float
+    depends_on_batch: str | None
+    variants: dict[str, dict[str, dict[str, NeedleScore]]]
+
+
 class EvaluationResult(TypedDict, total=False):
     """All that was measured of one model; what was not asked for is missing.
 
@@ -94,6 +130,7 @@ class EvaluationResult(TypedDict, total=False):
     bigram: ScoreFields | None
     better_than_bigram_by: float | None
     lengths: LengthsResult
+    needles: NeedleResult
     tasks: dict[str, TaskMetrics]
     texts: list[WrittenText]
     references: dict[str, float]

@@ -28,12 +28,18 @@ def add_lengths(parser: argparse.ArgumentParser) -> None:
         default=[AS_TRAINED],
         metavar="KIND",
         help=(
-            "with --lengths: position encodings to compute with, such as trained yarn"
+            "with --lengths or --needle: position encodings to compute with, such as trained yarn"
             ' "{kind: yarn, factor: 2}" (default: trained)'
         ),
     )
     group.add_argument(
-        "--plot", type=Path, metavar="PNG", help="with --lengths: loss by length and by position"
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help=(
+            "with --lengths: loss by length and by position; with --needle: what is found, by"
+            " length and depth"
+        ),
     )
 
 
@@ -41,17 +47,21 @@ def length_options(arguments: argparse.Namespace) -> LengthOptions | None:
     """The context lengths to measure.
 
     Raises:
-        ConfigError: for options that need --lengths.
+        ConfigError: for options that need --lengths or --needle.
     """
-    if not arguments.lengths:
+    if not arguments.lengths and arguments.needle is None:
         for option, default in (("plot", None), ("positions", [AS_TRAINED])):
             if getattr(arguments, option) != default:
-                raise ConfigError(f"--{option} belongs to --lengths: give it lengths in tokens")
-        return None
+                raise ConfigError(
+                    f"--{option} belongs to --lengths and --needle: give one of them, with lengths"
+                    " in tokens"
+                )
     if arguments.plot is not None and arguments.watch is not None:
         raise ConfigError(
             "--plot draws one checkpoint, and --watch evaluates many: leave one of them out"
         )
+    if not arguments.lengths:
+        return None
     return LengthOptions(
         arguments.lengths,
         arguments.positions,

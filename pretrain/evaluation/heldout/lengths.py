@@ -228,7 +228,7 @@ def score_checkpoint_lengths(
     trained = read_recipe(checkpoint)
     lengths = _sorted(options.lengths)
     recipes = {
-        _name(wanted, trained, options.positions): recipe_with_position(
+        variant_name(wanted, trained, options.positions): recipe_with_position(
             trained, wanted, lengths[-1]
         )
         for wanted in options.positions
@@ -313,7 +313,8 @@ def _sorted(lengths: Sequence[int]) -> list[int]:
     return sorted(set(lengths))
 
 
-def _name(wanted: str, trained: Recipe, positions: Sequence[str]) -> str:
+def variant_name(wanted: str, trained: Recipe, positions: Sequence[str]) -> str:
+    """What a variant of ``--positions`` is called in results; the training's is its kind."""
     if wanted != AS_TRAINED:
         return wanted
     kind = trained.model.position.kind
@@ -321,11 +322,16 @@ def _name(wanted: str, trained: Recipe, positions: Sequence[str]) -> str:
     return f"{kind} ({AS_TRAINED})" if kind in positions else kind
 
 
-def recipe_with_position(trained: Recipe, wanted: str, longest: int) -> Recipe:
+def recipe_with_position(
+    trained: Recipe, wanted: str, longest: int, option: str = "--lengths"
+) -> Recipe:
     """The recipe with another position encoding, and with ``longest`` positions.
 
     A ``factor`` and an ``original_max_position_embeddings`` that ``wanted`` leaves out are those
     that stretch the training's length to ``longest``; the base of a rotary embedding stays.
+
+    Args:
+        option: what asks for ``longest``, for errors.
 
     Raises:
         ConfigError: if the model cannot read as many tokens, or the weights mean nothing under the
@@ -349,7 +355,7 @@ def recipe_with_position(trained: Recipe, wanted: str, longest: int) -> Recipe:
         )
     if now.bounded and longest > positions:
         raise ConfigError(
-            f"--lengths has {longest} tokens, and the model has a learned vector for each of its"
+            f"{option} has {longest} tokens, and the model has a learned vector for each of its"
             f" {positions} positions, none for later ones: give lengths up to that"
         )
     return recipe

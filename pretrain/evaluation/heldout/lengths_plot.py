@@ -9,7 +9,7 @@ from pretrain.evaluation.result import LengthScore, LengthsResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 
 def lengths_figure(result: LengthsResult, title: str) -> Figure:
@@ -17,6 +17,13 @@ def lengths_figure(result: LengthsResult, title: str) -> Figure:
     from matplotlib.figure import Figure  # slow to import, and needed for a plot only
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")
+    draw_lengths(figure, result)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_lengths(figure: Figure | SubFigure, result: LengthsResult) -> None:
+    """Draw both into a figure, or into a part of one."""
     by_length, by_position = figure.subplots(1, 2)
     _draw_lengths(by_length, result["variants"])
     _draw_positions(by_position, result["variants"])
@@ -31,8 +38,6 @@ def lengths_figure(result: LengthsResult, title: str) -> Figure:
                 label="trained length",
             )
         axes.legend()
-    figure.suptitle(title)
-    return figure
 
 
 def _shown(name: str) -> str:

@@ -28,6 +28,11 @@ from pretrain.evaluation.heldout.lengths import (
 )
 from pretrain.evaluation.heldout.references import read_references, score_references
 from pretrain.evaluation.heldout.scores import HeldoutScore
+from pretrain.evaluation.needle.score import (
+    NeedleOptions,
+    score_checkpoint_needles,
+    score_transformers_needles,
+)
 from pretrain.evaluation.result import CodeResult, EvaluationResult, WrittenText
 from pretrain.evaluation.tasks.code import STOP, read_problems, score_code
 from pretrain.evaluation.tasks.harness import run_tasks
@@ -91,6 +96,7 @@ class Suite:
     device: torch.device
     heldout: HeldoutOptions | None = None
     lengths: LengthOptions | None = None
+    needles: NeedleOptions | None = None
     tasks: TaskOptions | None = None
     prompts: Sequence[str] = ()
     references: Path | None = None
@@ -119,6 +125,9 @@ class Suite:
                 if is_hf_folder(folder)
                 else score_checkpoint_lengths(folder, self.lengths, self.device, self.batch_size)
             )
+        if self.needles is not None:
+            score = score_transformers_needles if is_hf_folder(folder) else score_checkpoint_needles
+            result["needles"] = score(folder, self.needles, self.device, self.batch_size)
         # Opened only if needed: the score on held-out text has loaded the model once already.
         if self.tasks or self.prompts or self.references or self.code:
             self._run_generator(open_generator(folder, self.device), result)

@@ -23,7 +23,7 @@ TWIN_OF: dict[str, str] = {
 PUBLISHED = list(TWIN_OF)
 # Another schedule of a published model: its small copy is that of the model.
 SCHEDULES = {"khanh_692m_cosine"}
-PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long"}
+PHASED = {"quickstart_wsd", "quickstart_wsd_decay", "quickstart_long", "long_context"}
 PHASED |= {f"h64lm_phase{number}" for number in (1, 2, 3, 4)}
 # What a small copy may have smaller than its model; everything else of the model section is
 # the same.
