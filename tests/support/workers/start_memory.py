@@ -45,7 +45,7 @@ def peak_of(action: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def count_live_memory() -> None:
-    """Lets glibc map each tensor of 64 kB or more by itself, so that freed memory is not resident."""
+    """Lets glibc map tensors of 64 kB or more by themselves: freed ones are not resident."""
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     # What an engine does at the end of its start would be there when the next one starts.
