@@ -186,17 +186,26 @@ def main() -> None:
     for ranks in options.ranks:
         for side, code in sides.items():
             rows = measure(code, ranks, options.zero, settings)
-            results.append({"side": side, "ranks": ranks, "zero": options.zero, "rows": rows})
-            peak = max(row["peak_anonymous_bytes"] for row in rows) / 1e9
-            held = max(row["held_anonymous_bytes"] for row in rows) / 1e9
+            run = {"side": side, "ranks": ranks, "zero": options.zero, "changed": options.set}
+            results.append(run | {"rows": rows})
+            built, peak, held = (
+                max(row[field] for row in rows) / 1e9
+                for field in (
+                    "built_peak_resident_bytes",
+                    "peak_resident_bytes",
+                    "held_anonymous_bytes",
+                )
+            )
             print(
-                f"{side}, {ranks} ranks: peak {peak:.2f} GB a rank, {held:.2f} GB held", flush=True
+                f"{side}, {ranks} ranks: up to {built:.2f} GB a rank until the model is built, up "
+                f"to {peak:.2f} GB until the engine is, {held:.2f} GB held then",
+                flush=True,
             )
     if options.output is not None:
         known = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
         report = {
             "date": date.today().isoformat(),
-            "model": settings,
+            "model": list(MODEL),
             "memory": "bytes of this process above what it held before the engine was built: "
             "resident by VmHWM, anonymous by samples of RssAnon",
             "runs": known + results,
