@@ -28,7 +28,7 @@ from pretrain.callbacks.environment import hardware
 from pretrain.config.load import load_recipe
 from pretrain.core.cli import add_json_option, command_parser, write_json
 from pretrain.core.errors import run_command
-from pretrain.engine import topology
+from pretrain.engine import build, topology
 from pretrain.engine.ds_config import resolve_ds_config
 from pretrain.engine.engine import Engine
 
@@ -61,7 +61,7 @@ def measure_here(shape: str, side: str, steps: int) -> None:
         *SHAPES[shape],
     ]
     if side == "without":
-        topology.tune_for_training = lambda: None
+        topology.keep_kernels = build.keep_freed_memory = lambda: None
         settings.append("model.moe.expert_kernel=loop")
     recipe = load_recipe("quickstart", settings)
     precision = recipe.train.precision

@@ -17,6 +17,7 @@ import threading
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # About a billion parameters, of which the experts are four fifths.
@@ -60,8 +61,8 @@ def worker(settings: list[str], zero: int) -> None:
 
     from pretrain.config.load import load_recipe
     from pretrain.config.rules.sections import check_topology
+    from pretrain.engine import engine as engine_module
     from pretrain.engine.ds_config import resolve_ds_config
-    from pretrain.engine.engine import Engine
     from pretrain.engine.topology import connect, disconnect
 
     torch.set_num_threads(1)
@@ -86,8 +87,18 @@ def worker(settings: list[str], zero: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     sampler = Sampler()
     sampler.start()
+    built_bytes = 0
+    build_model = engine_module.build_model
+
+    def build(*arguments: Any) -> Any:
+        nonlocal built_bytes
+        model = build_model(*arguments)
+        built_bytes = status("VmHWM") - resident
+        return model
+
+    engine_module.build_model = build
     start = time.perf_counter()
-    engine = Engine(recipe, ds_config, precision, topology)
+    engine = engine_module.Engine(recipe, ds_config, precision, topology)
     seconds = time.perf_counter() - start
     sampler.ended.set()
     sampler.join()
@@ -98,6 +109,7 @@ def worker(settings: list[str], zero: int) -> None:
         "rank": topology.rank,
         "parameters": sum(parameters),
         "largest_parameter": max(parameters),
+        "built_peak_resident_bytes": built_bytes,
         "peak_resident_bytes": status("VmHWM") - resident,
         "peak_anonymous_bytes": sampler.peak - anonymous,
         "held_anonymous_bytes": status("RssAnon") - anonymous,
@@ -174,17 +186,26 @@ def main() -> None:
     for ranks in options.ranks:
         for side, code in sides.items():
             rows = measure(code, ranks, options.zero, settings)
-            results.append({"side": side, "ranks": ranks, "zero": options.zero, "rows": rows})
-            peak = max(row["peak_anonymous_bytes"] for row in rows) / 1e9
-            held = max(row["held_anonymous_bytes"] for row in rows) / 1e9
+            run = {"side": side, "ranks": ranks, "zero": options.zero, "changed": options.set}
+            results.append(run | {"rows": rows})
+            built, peak, held = (
+                max(row[field] for row in rows) / 1e9
+                for field in (
+                    "built_peak_resident_bytes",
+                    "peak_resident_bytes",
+                    "held_anonymous_bytes",
+                )
+            )
             print(
-                f"{side}, {ranks} ranks: peak {peak:.2f} GB a rank, {held:.2f} GB held", flush=True
+                f"{side}, {ranks} ranks: up to {built:.2f} GB a rank until the model is built, up "
+                f"to {peak:.2f} GB until the engine is, {held:.2f} GB held then",
+                flush=True,
             )
     if options.output is not None:
         known = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
         report = {
             "date": date.today().isoformat(),
-            "model": settings,
+            "model": list(MODEL),
             "memory": "bytes of this process above what it held before the engine was built: "
             "resident by VmHWM, anonymous by samples of RssAnon",
             "runs": known + results,

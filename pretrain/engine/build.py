@@ -16,6 +16,7 @@ from pretrain.config.recipe import Recipe
 from pretrain.config.rules.sections import expert_shards, kernel_demands
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
+from pretrain.engine.cpu_tuning import keep_freed_memory
 from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.float8 import convert_linears
 from pretrain.engine.monitor import without_monitors
@@ -154,6 +155,9 @@ def start_deepspeed(
     spare_gradient_copies(wrapped, zero_stage)
     if isinstance(optimizer, MatrixOptimizer):
         give_shards(wrapped, optimizer, zero_stage, device)
+    if device.type == "cpu":
+        # From here on tensors of the same sizes come and go in every step.
+        keep_freed_memory()
     return engine, wrapped
 
 

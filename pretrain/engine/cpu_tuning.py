@@ -16,12 +16,23 @@ KERNELS = 4096
 
 
 def tune_for_training() -> None:
-    """Keep freed memory and compiled kernels for the next step.
+    """Keep kernels and freed memory. It must be called before the first matrix product."""
+    keep_kernels()
+    keep_freed_memory()
 
-    It must be called before the first matrix product. Without it, glibc maps each tensor above 32
-    MB anew, which costs a page fault for every 4 kB of every step's gradients.
-    """
+
+def keep_kernels() -> None:
+    """Keep compiled kernels for the next step; to be called before the first matrix product."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next step.
+
+    Without it, glibc maps each tensor above 32 MB anew, which costs a page fault for every 4 kB of
+    every step's gradients. To be called once the engine is built: memory that is freed before, by
+    what is needed at the start alone, goes back to the system.
+    """
     # Other libraries of C have no such call: musl's allocator is another one.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -21,7 +21,7 @@ from torch import distributed
 
 from pretrain.core.activity import ACTIVITY
 from pretrain.core.errors import ConfigError, PeerLostError, is_peer_loss
-from pretrain.engine.cpu_tuning import tune_for_training
+from pretrain.engine.cpu_tuning import keep_kernels
 from pretrain.engine.rendezvous import (
     RENDEZVOUS_TIMEOUT,
     address_towards,
@@ -248,7 +248,7 @@ def connect(
         # Before any allocation: every rank of a node would otherwise start a context on GPU 0.
         accelerator.set_device(local_rank)
     else:
-        tune_for_training()
+        keep_kernels()
     # Before init_distributed, which would compile the operation.
     avoid_shared_memory_all_reduce()
     if not distributed.is_initialized():

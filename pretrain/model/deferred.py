@@ -17,7 +17,8 @@ def without_values() -> Iterator[None]:
     do to its values does nothing. Buffers are real, and so is a parameter that keeps its initial
     value (:func:`pretrain.model.init.keep_initial_value`).
     """
-    hook = register_module_parameter_registration_hook(_shape_alone)
+    # torch's annotation lacks the return value that its documentation has.
+    hook = register_module_parameter_registration_hook(_shape_alone)  # type: ignore[arg-type]
     try:
         yield
     finally:

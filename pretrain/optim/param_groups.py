@@ -24,8 +24,8 @@ def parameter_role(name: str, parameter: torch.Tensor, model: ModelConfig) -> st
     if name.startswith(("embedding.", "position.")):
         return "embedding"
     role = model.moe_role(name)
-    # Stacked biases have two dimensions, and each of their rows is a vector. A parameter that ZeRO 3
-    # has partitioned has its shape under another name.
+    # Stacked biases have two dimensions, and each of their rows is a vector. Of a parameter that
+    # ZeRO 3 has partitioned, the shape has another name.
     if len(getattr(parameter, "ds_shape", parameter.shape)) == 1 or role is Role.EXPERT_BIAS:
         return "vector"
     return "router" if role is Role.ROUTER else "matrix"

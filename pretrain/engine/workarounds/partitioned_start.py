@@ -60,7 +60,8 @@ class PartitionedStart:
     def keep_own_part(self, parameter: nn.Parameter) -> None:
         """Make the part that :meth:`own_range` names all that this rank holds of a parameter."""
         if hasattr(parameter, "ds_zero_partition_group_name"):
-            parameter.ds_zero_partition_process_group = self._group(parameter)  # type: ignore[attr-defined]
+            group = self._group(parameter)
+            parameter.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
         self._init._convert_to_deepspeed_param(parameter)
         # DeepSpeed would broadcast the parameter first: here all ranks compute the same values.
         parameter.partition()  # type: ignore[attr-defined]

@@ -16,7 +16,9 @@ from tests.support.training_cases import ADAMW, KINDS, MUON, SIZES
 BLOCKS = {
     kind: (KINDS[kind],) for kind in ("dropless", "deepspeed", "peer", "dropless_full")
 } | {
-    "dense": ("model.layer_pattern={kind: all_dense}", "model.moe=null", "model.intermediate_size=48"),
+    "dense": (
+        "model.layer_pattern={kind: all_dense}", "model.moe=null", "model.intermediate_size=48",
+    ),
     # A matrix in two halves, which are two parameters.
     "halves": (KINDS["dropless"], "model.feed_forward={kind: gelu, bias: true}"),
     "wider": (
@@ -26,8 +28,6 @@ BLOCKS = {
         " num_key_value_heads: 1, moe_intermediate_size: 16, head_dim: 4}}",
     ),
 }  # fmt: skip
-# A parameter of 33 elements cannot be cut into two equal parts.
-ODD = ("model.vocab_size=129", "model.vocab_multiple=1")
 
 
 def case(

@@ -6,6 +6,7 @@ whole model is built first, as without :mod:`pretrain.engine.placement`).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pretrain.checkpoint.initialize_from import stored_readers
 from pretrain.checkpoint.tensor_files import TensorReader
 from pretrain.checkpoint.weights import WEIGHTS, file_of, files_of
 from pretrain.config.load import load_recipe
+from pretrain.engine import build as build_module
 from pretrain.engine import engine as engine_module
 from pretrain.engine.build import WeightLoader
 from pretrain.engine.engine import Engine
@@ -42,7 +44,16 @@ def peak_of(action: Callable[[], Any]) -> tuple[Any, int]:
     return result, resident("VmHWM") - before
 
 
+def count_live_memory() -> None:
+    """Lets glibc map tensors of 64 kB or more by themselves: freed ones are not resident."""
+    M_MMAP_THRESHOLD = -3
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    # What an engine does at the end of its start would be there when the next one starts.
+    build_module.keep_freed_memory = lambda: None
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    count_live_memory()
     # What the first engine of a process loads and allocates belongs to none.
     make_engine(load_recipe("debug", case["overrides"][-3:]), case["zero"])
     recipe = load_recipe("debug", case["overrides"])
