@@ -10,7 +10,8 @@ is only that, and the arguments that its own attention (``local``) does not know
   (filesystem_async.py);
 - the tracker of CUDA's random states around dropout (dot_product_attention.py), and the alltoall
   dispatcher, which needs a CUDA stream: ``allgather`` computes the same;
-- ``te_general_gemm`` (moe_utils.py), a name that is undefined without Transformer Engine;
+- ``te_general_gemm`` (moe_utils.py:1192) and ``TELinear`` (multi_latent_attention.py:185), which
+  are looked for although there is no Transformer Engine;
 - ``k_channels`` and ``v_channels`` of DotProductAttention, which latent attention passes on.
 """
 
@@ -33,6 +34,7 @@ warnings.filterwarnings("ignore")
 def adapt_to_cpu() -> None:
     """Replaces what is listed above, in this process."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.moe import moe_utils
 
@@ -43,6 +45,8 @@ def adapt_to_cpu() -> None:
     changed.fork = lambda *_: contextlib.nullcontext()
     changed = moe_utils
     changed.te_general_gemm = None
+    changed = multi_latent_attention
+    changed.HAVE_TE = False
     initialize = DotProductAttention.__init__
 
     def without_widths(self: Any, *args: Any, **options: Any) -> None:
@@ -118,15 +122,17 @@ def run_case(case: dict[str, str], ids_BS: Tensor) -> dict[str, Any]:
     model = build(common["args"])
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     wanted = {"model": model.sharded_state_dict(metadata=dict(metadata))}
-    loaded, missing, unexpected = dist_checkpointing.load(
+    # Megatron calls "missing" what the files have and the model does not ask for.
+    loaded, left_alone, lacking = dist_checkpointing.load(
         wanted, folder, strict=StrictHandling.RETURN_ALL
     )
     model.load_state_dict(loaded["model"])
     torch.save(logits_of(model, ids_BS), case["logits"])
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, value in (*model.named_parameters(), *model.named_buffers()):
-            value.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        for name, value in model.state_dict().items():
+            if value is not None:
+                value.normal_(1.0 if "norm" in name else 0.0, 0.2)
     torch.save(logits_of(model, ids_BS), case["random_logits"])
     saved = Path(case["random"], "iter_0000042")
     saved.mkdir(parents=True)
@@ -135,8 +141,8 @@ def run_case(case: dict[str, str], ids_BS: Tensor) -> dict[str, Any]:
     dist_checkpointing.save({**state, "iteration": 42, "model": sharded}, str(saved))
     Path(case["random"], "latest_checkpointed_iteration.txt").write_text("42")
     return {
-        "missing": sorted(missing),
-        "unexpected": sorted(unexpected),
+        "left_alone": sorted(left_alone),
+        "lacking": sorted(lacking),
         "iteration": common["iteration"],
     }
 

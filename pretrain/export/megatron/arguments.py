@@ -216,9 +216,7 @@ def _experts(model: ModelConfig) -> JsonObject:
         "moe_ffn_hidden_size": moe.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": moe.shared_width or None,
         "moe_router_topk": moe.top_k,
-        "moe_router_score_function": (
-            "sigmoid" if router.kind == "sigmoid_topk" else "softmax"
-        ),
+        "moe_router_score_function": ("sigmoid" if router.kind == "sigmoid_topk" else "softmax"),
         "moe_router_pre_softmax": router.kind == "softmax_topk" and not router.norm_topk_prob,
         "moe_router_topk_scaling_factor": (
             None if router.routed_scaling_factor == 1.0 else router.routed_scaling_factor

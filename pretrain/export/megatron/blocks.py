@@ -155,7 +155,9 @@ class Layout:
             names += ["linear_kv_down_proj", "linear_kv_up_proj"]
             has_query_latent = latent(self.model).q_lora_rank is not None
             names += (
-                ["linear_q_down_proj", "linear_q_up_proj"] if has_query_latent else ["linear_q_proj"]
+                ["linear_q_down_proj", "linear_q_up_proj"]
+                if has_query_latent
+                else ["linear_q_proj"]
             )
         else:
             names += ["linear_qkv", "q_layernorm", "k_layernorm"]
@@ -214,9 +216,7 @@ class Layout:
             for letter in "qk" if attention.qk_norm == "head" else "":
                 piece = Piece(f"{ours}{letter}_norm.weight")
                 yield self._block(layer, f"self_attention.{letter}_layernorm.weight", piece)
-        yield self._block(
-            layer, "self_attention.linear_proj.weight", Piece(f"{ours}o_proj.weight")
-        )
+        yield self._block(layer, "self_attention.linear_proj.weight", Piece(f"{ours}o_proj.weight"))
 
     def _latents(self, layer: int, ours: str) -> Iterator[Block]:
         attention = latent(self.model)

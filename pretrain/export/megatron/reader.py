@@ -240,18 +240,14 @@ class TorchDistTensors:
                 )
             self._add(name, place, file, start, length, index)
 
-    def _add(
-        self, name: str, place: Held, file: str, start: int, length: int, index: Held
-    ) -> None:
+    def _add(self, name: str, place: Held, file: str, start: int, length: int, index: Held) -> None:
         form = self._forms[name]
         chunks = index.get("state_dict_metadata")[name].get("chunks")
         number = place.get("index")
         offset = _numbers(place.get("offset") or (0,) * len(form.shape))
         # The number is only a hint of where its chunk is in the list.
         near = chunks[number : number + 1] if isinstance(number, int) else []
-        chunk = next(
-            each for each in (*near, *chunks) if _numbers(each.get("offsets")) == offset
-        )
+        chunk = next(each for each in (*near, *chunks) if _numbers(each.get("offsets")) == offset)
         shape = _numbers(chunk.get("sizes"))
         ends = zip(offset, shape, form.shape, strict=True)
         if any(first + size > whole for first, size, whole in ends):

@@ -15,6 +15,7 @@ from pretrain.checkpoint.layout import read_recipe
 from pretrain.checkpoint.weights import load_model, load_state_dict
 from pretrain.export.megatron.convert import export_megatron, import_megatron
 from pretrain.export.megatron.torch_dist import ITERATION
+from pretrain.model.config import ModelConfig
 from tests.support.random_checkpoint import (
     VOCAB_SIZE,
     random_checkpoint,
@@ -22,7 +23,14 @@ from tests.support.random_checkpoint import (
     small_tokenizer,
 )
 
+Tensors = dict[str, torch.Tensor]
 LLAMA3 = "model.position={kind: llama3, factor: 8, original_max_position_embeddings: 8192}"
+YARN = (
+    "model.position={kind: yarn, factor: 4, original_max_position_embeddings: 32, mscale: 0.7,"
+    " mscale_all_dim: 1.3}"
+)
+# Megatron chooses groups by their top_k / top_k_groups best experts.
+TWO_BEST = "model.moe.router.groups.top_k_groups=2"
 # name: the recipe, and what is changed of it.
 CASES: dict[str, tuple[str, list[str]]] = {
     "llama": (
@@ -51,13 +59,14 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "model.moe.router={norm_topk_prob: false, routed_scaling_factor: 1.5}",
         ],
     ),
-    "deepseek_v3": ("deepseek_v3_mini", []),
+    "deepseek_v3": ("deepseek_v3_mini", [TWO_BEST, YARN]),
     "mla_without_query_latent": (
         "deepseek_v3_mini",
         [
+            TWO_BEST,
             "model.attention.q_lora_rank=null",
             "model.position={kind: rope, rope_theta: 500}",
-            "model.layer_pattern.kind=all_moe",
+            "model.layer_pattern.k=0",
         ],
     ),
 }
@@ -104,15 +113,15 @@ def logits_of(folder: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_megatrons_model_has_the_logits_of_what_was_written(folder: Path, name: str) -> None:
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())[name]
-    # Nothing that Megatron's modules ask for is missing; what they leave alone are states of
-    # Transformer Engine's modules, and norms by its name or by that of Megatron's own modules.
-    assert found["missing"] == [] and found["iteration"] == 0
-    assert all("_extra_state" in key or "norm" in key for key in found["unexpected"])
+    # Everything that Megatron's own modules ask for is there; what they leave alone is for those
+    # of Transformer Engine: their states, and norms by their names.
+    assert found["lacking"] == [] and found["iteration"] == 0
+    assert all("_extra_state" in key or "norm" in key for key in found["left_alone"])
     ids_BS = torch.load(folder / "ids.pt")
     expected_BSV = our_logits(folder / name / "ours", ids_BS)[..., :VOCAB_SIZE]
     assert expected_BSV.std() > 0.05
     torch.testing.assert_close(
-        logits_of(folder / name, "logits"), expected_BSV, atol=2e-5, rtol=1e-4
+        logits_of(folder / name, "logits"), expected_BSV, atol=1e-4, rtol=1e-4
     )
     # The counterpart that must fail: another model's logits.
     assert (logits_of(folder / name, "random_logits") - expected_BSV).abs().max() > 0.1
@@ -136,21 +145,40 @@ def test_there_and_back_is_the_same_checkpoint_bit_for_bit(
     folder: Path, name: str, tmp_path: Path
 ) -> None:
     import_megatron(folder / name / "out", tmp_path / "back", False)
-    before = load_state_dict(folder / name / "ours")
-    after = load_state_dict(tmp_path / "back")
     model = read_recipe(folder / name / "ours").model
+    recipe = read_recipe(tmp_path / "back").model
+    before = _as_dropless(load_state_dict(folder / name / "ours"), model, recipe)
+    after = load_state_dict(tmp_path / "back")
     if model.embedding_size is not None:
         projection = before.pop("embedding.projection")
         before["embedding.weight"] = before["embedding.weight"] @ projection.T
-    assert before.keys() == after.keys() if model.moe is None else True
+    assert before.keys() == after.keys()
     for key, tensor in after.items():
+        # Padding of the vocabulary is nobody's token.
         rows = VOCAB_SIZE if key in ("embedding.weight", "head.weight") else None
-        assert torch.equal(tensor[:rows], _ours(before, key)[:rows]), key
-    ignored = {"vocab_size", "embedding_size", "moe", "vocab_multiple"}
-    recipe = read_recipe(tmp_path / "back").model
-    assert recipe.model_dump(exclude=ignored) == model.model_dump(exclude=ignored)
+        assert torch.equal(tensor[:rows], before[key][:rows]), key
+    assert recipe.moe_layers == model.moe_layers
+    for section in ("attention", "position", "norm", "tie_word_embeddings", "hidden_size"):
+        assert getattr(recipe, section) == getattr(model, section)
+    if model.moe is not None and model.moe_layers:
+        assert recipe.routing is not None and model.routing is not None
+        assert recipe.routing.router == model.routing.router
+        assert recipe.routing.top_k == model.routing.top_k
 
 
-def _ours(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """A tensor by the name that a dropless model has for it."""
-    return tensors[key]
+def _as_dropless(tensors: Tensors, model: ModelConfig, dropless: ModelConfig) -> Tensors:
+    """Native experts by the names of dropless ones, which an import writes."""
+    if model.routing is None or model.routing.kind == "dropless":
+        return tensors
+    assert dropless.routing is not None
+    names = model.feed_forward.parameter_names
+    stacks = dropless.routing.expert_tensors(names)
+    for layer in model.moe_layers:
+        inner = f"layers.{layer}.feed_forward."
+        for parameter, (name,) in model.routing.expert_tensors(names).items():
+            (stack,) = stacks[parameter]
+            experts = range(model.routing.num_experts)
+            tensors[inner + stack] = torch.stack(
+                [tensors.pop(inner + name.format(expert=expert)) for expert in experts]
+            )
+    return {model.routing.common_name(name): tensor for name, tensor in tensors.items()}
