@@ -59,7 +59,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "model.moe.router={norm_topk_prob: false, routed_scaling_factor: 1.5}",
         ],
     ),
-    "deepseek_v3": ("deepseek_v3_mini", [TWO_BEST, YARN]),
+    "deepseek_v3": ("deepseek_v3_mini", [TWO_BEST, YARN, "model.num_hidden_layers=4"]),
     "mla_without_query_latent": (
         "deepseek_v3_mini",
         [
@@ -67,6 +67,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
             "model.attention.q_lora_rank=null",
             "model.position={kind: rope, rope_theta: 500}",
             "model.layer_pattern.k=0",
+            "model.num_hidden_layers=2",
         ],
     ),
 }
