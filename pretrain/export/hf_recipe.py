@@ -272,9 +272,7 @@ def tokenizer_section(source: Path, output: Path, config: TokenIds) -> JsonObjec
     )
 
 
-def _document_end(
-    source: Path, library: tokenizers.Tokenizer, config: TokenIds
-) -> str | None:
+def _document_end(source: Path, library: tokenizers.Tokenizer, config: TokenIds) -> str | None:
     """The end-of-document token: the first that ``config.json`` names, if it is no ordinary word.
 
     Otherwise that of ``tokenizer_config.json``, if there is one.

@@ -26,8 +26,8 @@ from pretrain.checkpoint.pickled import check_instructions, load_pickled, load_p
 from pretrain.checkpoint.tensor_files import FORMAT_NAMES, TensorForm
 from pretrain.core.errors import CheckpointError, ConfigError
 from pretrain.core.files import JsonObject
+from pretrain.core.strict_json import NotAnObject, read_object
 from pretrain.export.megatron.torch_dist import BACKENDS, COMMON, ITERATION, METADATA, TRACKER
-from pretrain.export.writer import read_json_object
 
 # 50 instructions a part: enough for two million parts, which is what DeepSeek-V3 has with its
 # optimizer.
@@ -208,14 +208,17 @@ class TorchDistTensors:
 
     def _read_index(self, index: Held) -> None:
         sizes: dict[str, int] = {}
+        shapes: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
         for name, entry in index.get("state_dict_metadata").items():
             if "Bytes" in entry.name:
                 continue
             properties = entry.get("properties").state
             dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
             shape = _numbers(entry.get("size"))
-            self._forms[str(name)] = TensorForm(dtype, shape)
-            self._parts[str(name)] = []
+            name = str(name)
+            self._forms[name] = TensorForm(dtype, shape)
+            self._parts[name] = []
+            shapes[name] = self._chunks(name, entry)
         for place, info in index.get("storage_data").items():
             name = place.get("fqn")
             if name not in self._forms:
@@ -238,23 +241,22 @@ class TorchDistTensors:
                     f"{self.folder / file} is missing or cut off: the checkpoint is incomplete,"
                     " take another one"
                 )
-            self._add(name, place, file, start, length, index)
+            offset = _numbers(place.get("offset") or (0,) * len(self._forms[name].shape))
+            self._parts[name].append(Part(offset, shapes[name][offset], file, start, length))
+            if prod(shapes[name][offset]) * self._forms[name].dtype.itemsize > length:
+                raise ValueError(f"a part of '{name[:80]}' claims more elements than the file has")
 
-    def _add(self, name: str, place: Held, file: str, start: int, length: int, index: Held) -> None:
-        form = self._forms[name]
-        chunks = index.get("state_dict_metadata")[name].get("chunks")
-        number = place.get("index")
-        offset = _numbers(place.get("offset") or (0,) * len(form.shape))
-        # The number is only a hint of where its chunk is in the list.
-        near = chunks[number : number + 1] if isinstance(number, int) else []
-        chunk = next(each for each in (*near, *chunks) if _numbers(each.get("offsets")) == offset)
-        shape = _numbers(chunk.get("sizes"))
-        ends = zip(offset, shape, form.shape, strict=True)
-        if any(first + size > whole for first, size, whole in ends):
-            raise ValueError(f"a part of '{name[:80]}' is outside of it")
-        if prod(shape) * form.dtype.itemsize > length:
-            raise ValueError(f"a part of '{name[:80]}' claims more elements than the file has")
-        self._parts[name].append(Part(offset, shape, file, start, length))
+    def _chunks(self, name: str, entry: Held) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a tensor's parts by their offsets."""
+        whole = self._forms[name].shape
+        found = {}
+        for chunk in entry.get("chunks"):
+            offset, shape = _numbers(chunk.get("offsets")), _numbers(chunk.get("sizes"))
+            ends = zip(offset, shape, whole, strict=True)
+            if any(first + size > last for first, size, last in ends):
+                raise ValueError(f"a part of '{name[:80]}' is outside of it")
+            found[offset] = shape
+        return found
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -319,7 +321,10 @@ def iteration_folder(source: Path) -> tuple[Path, int]:
             f"{folder} has no {BACKENDS}, and so is no distributed checkpoint of Megatron-Core:"
             f" {RESTART}"
         )
-    backend = read_json_object(folder / BACKENDS).get("sharded_backend")
+    try:
+        backend = read_object(folder / BACKENDS).get("sharded_backend")
+    except NotAnObject as error:
+        raise CheckpointError(f"{folder / BACKENDS} {error}: take another checkpoint") from None
     if backend != "torch_dist":
         raise ConfigError(
             f"{folder / BACKENDS} has the format {str(backend)[:50]!r}, and this tool reads"

@@ -94,13 +94,27 @@ def recipe_of(
     if reasons := reasons_against_megatron(recipe.model):
         raise ConfigError(f"{origin} describes what megatron is not: {'; '.join(reasons)}")
     # The check of the whole conversion: exported again, the recipe must give the same arguments.
-    for argument, value in arguments_of(recipe.model).items():
-        if argument in arguments and argument not in NEUTRAL and arguments[argument] != value:
+    said = _without_defaults(arguments)
+    for argument, value in _without_defaults(arguments_of(recipe.model)).items():
+        if argument in said and argument not in NEUTRAL and said[argument] != value:
             raise ConfigError(
-                f"{origin} says {argument} = {arguments[argument]}, and the nearest recipe would"
+                f"{origin} says {argument} = {str(said[argument])[:80]}, and the nearest recipe would"
                 f" be {value}: it cannot be converted exactly"
             )
     return recipe
+
+
+def _without_defaults(arguments: Mapping[str, Any]) -> JsonObject:
+    """The arguments without those that change nothing, so that equal models have equal ones."""
+    said = {name: value for name, value in arguments.items() if value is not None}
+    if said.get("moe_router_topk_scaling_factor") == 1.0:
+        del said["moe_router_topk_scaling_factor"]
+    if not said.get("moe_router_group_topk"):
+        said.pop("moe_router_num_groups", None)
+    # Megatron's own examples of DeepSeek-V3 say both.
+    if said.get("moe_router_score_function") == "sigmoid":
+        said.pop("moe_router_pre_softmax", None)
+    return said
 
 
 def _refuse_unsaid(arguments: Mapping[str, Any], origin: Path) -> None:

@@ -167,9 +167,12 @@ def write_torch_dist(
         torch.save(common, inner / COMMON)
         write_json_file(inner / BACKENDS, BACKEND)
         (folder / TRACKER).write_text(str(iteration), encoding="utf-8")
-    except OSError as error:
+    # torch's writer of archives raises RuntimeError if a file system takes no more.
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise StorageError(
-            f"cannot write {inner}: {error.strerror}; free space or choose another folder"
+            f"cannot write {inner}: {' '.join(str(reason).split())[:200]}; free space or choose"
+            " another folder"
         ) from None
     return inner
 

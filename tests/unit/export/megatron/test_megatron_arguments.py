@@ -126,6 +126,14 @@ def test_arguments_of_other_versions_and_of_other_losses_are_read(tmp_path: Path
     assert null.vocab_size == 300
 
 
+def test_arguments_that_change_nothing_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    same = {"moe_router_topk_scaling_factor": 1.0, "moe_router_num_groups": 2, "rope_type": None}
+    assert imported(tmp_path, **same) == imported(tmp_path)
+    # Megatron's own command lines of DeepSeek-V3.
+    sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": True}
+    assert imported(tmp_path, **sigmoid).moe.router.kind == "sigmoid_topk"
+
+
 @pytest.mark.parametrize(
     "argument,value",
     [

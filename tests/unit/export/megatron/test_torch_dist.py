@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pretrain.export.megatron.torch_dist import (
     Chunk,
     write_torch_dist,
 )
+from tests.support.fork_server import run_python
 from tests.support.pickle_payloads import CALLS, call
 
 VALUES_LXY = torch.arange(24.0).view(2, 3, 4)
@@ -206,6 +208,32 @@ def test_classes_of_megatron_in_the_arguments_are_not_imported(
     found = read_arguments(copied)
     assert found["num_layers"] == 2 and found["dtype"] == torch.bfloat16
     assert not isinstance(found["attention_backend"], Mode)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """A limit of the size of files is what a full disk is for the writer."""
+    program = """
+        import resource, signal, sys
+        from pathlib import Path
+        import torch
+        from pretrain.checkpoint.tensor_files import TensorForm
+        from pretrain.core.errors import StorageError
+        from pretrain.export.megatron.torch_dist import Chunk, write_torch_dist
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        form = TensorForm(torch.float32, (100_000,))
+        chunk = Chunk("w", (100_000,), (0,), form, lambda: torch.zeros(100_000))
+        try:
+            write_torch_dist(Path(sys.argv[1]), [chunk], [], {}, 0)
+        except StorageError as error:
+            print(error)
+    """
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(program))
+    (tmp_path / "run").mkdir()
+    done = run_python(script, tmp_path / "run")
+    assert done.returncode == 0 and "free space or choose another folder" in done.stdout
 
 
 def test_other_formats_and_missing_folders_are_refused(copied: Path) -> None:
