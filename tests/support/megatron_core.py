@@ -3,8 +3,8 @@
 Run as a program, in a process of its own: Megatron keeps process groups and other state in globals,
 and its writer starts processes that import the main module again.
 
-Megatron-Core 0.16 asks for a GPU in places that no computation on a CPU needs. What is replaced here
-is only that, and the arguments that its own attention (``local``) does not know:
+Megatron-Core 0.16 asks for a GPU in places that no computation on a CPU needs. What is replaced
+here is only that, and the arguments that its own attention (``local``) does not know:
 
 - ``torch.cuda.current_device`` (rotary_pos_embedding.py, router.py) and ``synchronize``
   (filesystem_async.py);

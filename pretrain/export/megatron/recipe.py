@@ -98,8 +98,8 @@ def recipe_of(
     for argument, value in _without_defaults(arguments_of(recipe.model)).items():
         if argument in said and argument not in NEUTRAL and said[argument] != value:
             raise ConfigError(
-                f"{origin} says {argument} = {str(said[argument])[:80]}, and the nearest recipe would"
-                f" be {value}: it cannot be converted exactly"
+                f"{origin} says {argument} = {str(said[argument])[:80]}, and the nearest recipe"
+                f" would be {value}: it cannot be converted exactly"
             )
     return recipe
 

@@ -178,7 +178,7 @@ def write_torch_dist(
 
 
 def _save(folder: Path, planner: SavePlanner) -> None:
-    """Call torch's writer, and raise what it has wrapped: of the disk, or of reading our weights."""
+    """Call torch's writer, and raise what it wraps: errors of the disk, or of reading weights."""
     writer = checkpoint.FileSystemWriter(folder)
     try:
         checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
