@@ -212,7 +212,7 @@ def check_instructions(pickle: bytes | IO[bytes], most: int) -> int:
         name = instruction.name
         if name in STORE:
             # Python's unpickler makes a table of that length.
-            if argument > count:
+            if isinstance(argument, int) and argument > count:
                 raise ValueError(f"it numbers its object {count:,} as {argument:,}")
             remembered[argument] = stack[-1]
         elif name == "MEMOIZE":

@@ -19,6 +19,7 @@ from pretrain.export.features import ANY, Takes, reasons_against
 from pretrain.export.megatron.blocks import VOCABULARY_MULTIPLE
 from pretrain.model.config import ModelConfig
 from pretrain.model.moe.config import RoutedMoE
+from pretrain.model.moe.routers import SigmoidTopK
 from pretrain.model.positions.config import Llama3, Yarn
 
 NAME = "megatron"
@@ -95,7 +96,7 @@ def _position_reasons(model: ModelConfig) -> list[str]:
 def _router_reasons(moe: RoutedMoE) -> list[str]:
     router = moe.router
     reasons = []
-    if router.kind == "softmax_topk":
+    if not isinstance(router, SigmoidTopK):
         if moe.bias_balancing is not None:
             reasons.append(
                 f"model.moe.bias_balancing is set, and {NAME} has it for sigmoid_topk only"
@@ -116,7 +117,7 @@ def _router_reasons(moe: RoutedMoE) -> list[str]:
                 f"model.moe.router.groups.score is {groups.score}, and {NAME} chooses groups by"
                 f" their top_k // top_k_groups = {best} best experts"
             )
-        elif router.kind == "softmax_topk" and router.norm_topk_prob and best > 1:
+        elif not isinstance(router, SigmoidTopK) and router.norm_topk_prob and best > 1:
             reasons.append(
                 f"model.moe.router.groups.score is top2_sum, and {NAME} adds logits there instead"
                 " of probabilities"
@@ -197,6 +198,7 @@ def _latent(model: ModelConfig) -> JsonObject:
 def _experts(model: ModelConfig) -> JsonObject:
     moe = routed(model)
     router, groups = moe.router, moe.router.groups
+    is_sigmoid = isinstance(router, SigmoidTopK)
     layers = [int(layer in model.moe_layers) for layer in range(model.num_hidden_layers)]
     loss, weight = next(
         (
@@ -216,8 +218,8 @@ def _experts(model: ModelConfig) -> JsonObject:
         "moe_ffn_hidden_size": moe.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": moe.shared_width or None,
         "moe_router_topk": moe.top_k,
-        "moe_router_score_function": ("sigmoid" if router.kind == "sigmoid_topk" else "softmax"),
-        "moe_router_pre_softmax": router.kind == "softmax_topk" and not router.norm_topk_prob,
+        "moe_router_score_function": ("sigmoid" if is_sigmoid else "softmax"),
+        "moe_router_pre_softmax": not is_sigmoid and not router.norm_topk_prob,
         "moe_router_topk_scaling_factor": (
             None if router.routed_scaling_factor == 1.0 else router.routed_scaling_factor
         ),
