@@ -40,6 +40,7 @@ LONGEST_FIRST = (
     "integration/guards/test_guarded_runs.py",
     "integration/sweeps/test_killed_ablation.py",
     "integration/sweeps/test_commands.py",
+    "integration/export/test_megatron_core.py",
 )
 
 # Processes that tests start must import this checkout, whichever one the environment has installed.

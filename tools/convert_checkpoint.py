@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # PYTHON_ARGCOMPLETE_OK
-"""Converts checkpoints to Hugging Face, safetensors, universal or GGUF, and from other formats.
+"""Converts checkpoints to Hugging Face, safetensors, Megatron and others, and from other formats.
 
 Exit codes: 0 converted; 2 usage, or no architecture (with --from hf no recipe) computes what the
 model computes; 3 the data for comparing logits; 4 a checkpoint or folder that is damaged,
@@ -39,6 +39,7 @@ from pretrain.export.deepspeed_moe import import_deepspeed
 from pretrain.export.deepspeed_run import import_deepspeed_run
 from pretrain.export.gguf import export_gguf
 from pretrain.export.import_hf import import_hf
+from pretrain.export.megatron.convert import export_megatron, import_megatron
 from pretrain.export.parity import TOLERANCE
 from pretrain.export.targets import AUTO, target_names
 from pretrain.export.writer import parse_bytes
@@ -53,11 +54,18 @@ EXAMPLES = """\
       --to safetensors --max-shard-size 500MB --output exports/plain
   python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest \\
       --to universal --output exports/universal
+  python tools/convert_checkpoint.py --checkpoint runs/quickstart/checkpoints/latest \\
+      --to megatron --output exports/megatron
+  python tools/convert_checkpoint.py --from megatron megatron_run/checkpoints \\
+      --output checkpoints/from_megatron
   python tools/convert_checkpoint.py --from hf downloads/OLMoE-1B-7B --output checkpoints/olmoe
   python tools/convert_checkpoint.py --from deepspeed old_run/global_step9000 \\
       --output exports/old_run
   python tools/convert_checkpoint.py --from deepspeed old_run/global_step9000 --recipe quickstart \\
       --output checkpoints/old_run"""
+
+
+ORIGINS = ("hf", "deepspeed", "megatron")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,11 +77,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.to is not None):
         parser.error(
-            "--checkpoint goes with --to hf, safetensors, universal or gguf; --from decides what is"
-            " written"
+            "--checkpoint goes with --to hf, safetensors, universal, megatron or gguf; --from"
+            " decides what is written"
         )
-    if arguments.origin is not None and arguments.origin[0] not in ("hf", "deepspeed"):
-        parser.error(f"--from {arguments.origin[0]}: the formats are hf and deepspeed")
+    if arguments.origin is not None and arguments.origin[0] not in ORIGINS:
+        parser.error(f"--from {arguments.origin[0]}: the formats are {', '.join(ORIGINS)}")
     from_deepspeed = arguments.origin is not None and arguments.origin[0] == "deepspeed"
     if not from_deepspeed and arguments.recipe is not None:
         parser.error("--recipe goes with --from deepspeed")
@@ -96,8 +104,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar=("FORMAT", "FOLDER"),
         help=(
             "hf: a Hugging Face folder, which becomes a recipe and a checkpoint of weights alone;"
-            " deepspeed: any DeepSpeed MoE checkpoint, which becomes safetensors under its own"
-            " names"
+            " megatron: the same for a folder that Megatron-LM saves to (torch_dist); deepspeed:"
+            " any DeepSpeed MoE checkpoint, which becomes safetensors under its own names"
         ),
     )
     add_recipe_option(
@@ -111,10 +119,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
-        choices=("hf", "safetensors", "universal", "gguf"),
+        choices=("hf", "safetensors", "universal", "megatron", "gguf"),
         help=(
             "hf: compared with the checkpoint before it is published; universal: of AdamW, dense"
-            " or with dropless experts"
+            " or with dropless experts; megatron: weights and arguments for Megatron-LM's --load"
         ),
     )
     parser.add_argument(
@@ -179,8 +187,9 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
     if arguments.origin is not None:
         form = arguments.origin[0]
         folder = Path(arguments.origin[1])
-        if form == "hf":
-            conversion = import_hf(folder, output, overwrite)
+        if form in ("hf", "megatron"):
+            importer = import_hf if form == "hf" else import_megatron
+            conversion = importer(folder, output, overwrite)
             # If the model is trained on, it may need a loss or a bias that balances its experts.
             for warning in router_warnings(read_recipe(output).model):
                 print(f"warning: {warning}", file=sys.stderr)
@@ -196,6 +205,8 @@ def convert(arguments: argparse.Namespace, dtype: torch.dtype) -> Conversion:
         return export_safetensors(checkpoint, output, dtype, overwrite, shard_bytes)
     if arguments.to == "universal":
         return export_universal(checkpoint, output, overwrite)
+    if arguments.to == "megatron":
+        return export_megatron(checkpoint, output, dtype, overwrite)
     datasets = load_matching_corpora(arguments.data, checkpoint)
     # A small data set may have no validation split; any text shows whether logits are equal.
     compared = datasets.validation_stream() or datasets.stream("train")

@@ -7,6 +7,7 @@ that nest or never end.
 
 from __future__ import annotations
 
+import io
 import pickletools
 import re
 import stat
@@ -70,7 +71,7 @@ def load_pickled(path: Path, stand_ins: Mapping[str, type] | None = None) -> Jso
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("it is no plain file")
         is_archive = _starts_as_archive(path)
-        _check_archive(path) if is_archive else _check_old_file(path)
+        _check_archive(path, path.stat().st_size) if is_archive else _check_old_file(path)
         # weights_only: a pickle may call any function. Files from before torch 1.6 are no archives,
         # and cannot be mapped.
         allowed: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
@@ -87,6 +88,31 @@ def load_pickled(path: Path, stand_ins: Mapping[str, type] | None = None) -> Jso
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no tensors by name: take another checkpoint")
     return content
+
+
+def load_pickled_tensor(content: bytes, origin: str) -> Tensor:
+    """Return the tensor in what ``torch.save`` wrote for it alone.
+
+    Args:
+        content: a whole archive, such as a part of a ``.distcp`` file.
+        origin: where it is, for the error sentence.
+
+    Raises:
+        CheckpointError: as :func:`load_pickled`, and for anything else than one tensor of numbers.
+    """
+    try:
+        _check_archive(io.BytesIO(content), len(content))
+        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(tensor, Tensor):
+            raise ValueError("it is no tensor")
+        if fault := _fault(tensor, len(content)):
+            raise ValueError(f"it {fault}")
+    except Exception as error:  # as in load_pickled
+        raise CheckpointError(
+            f"{origin} cannot be read without running code that it holds, or is damaged "
+            f"({_reason(error)}): take another checkpoint"
+        ) from None
+    return tensor
 
 
 def plain_tensors(path: Path, content: JsonObject) -> dict[str, Tensor]:
@@ -142,14 +168,14 @@ def _starts_as_archive(path: Path) -> bool:
         return file.read(len(ZIP_START)) == ZIP_START
 
 
-def _check_archive(path: Path) -> None:
-    """Raise ValueError for an archive that ``torch.save`` does not write."""
-    with zipfile.ZipFile(path) as archive:
+def _check_archive(file: Path | IO[bytes], size: int) -> None:
+    """Raise ValueError for an archive of ``size`` bytes that ``torch.save`` does not write."""
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it is compressed, which torch.save never does")
         # Members may share their bytes, each with all of them.
-        if sum(member.file_size for member in members) > path.stat().st_size:
+        if sum(member.file_size for member in members) > size:
             raise ValueError("its members are larger than the file")
         if len({member.filename for member in members}) != len(members):
             raise ValueError("it has two members of one name")
@@ -158,7 +184,7 @@ def _check_archive(path: Path) -> None:
             raise ValueError("it has no single data.pkl")
         if pickles[0].file_size > LARGEST_PICKLE:
             raise ValueError(f"its data.pkl has {pickles[0].file_size:,} bytes")
-        _check_instructions(archive.read(pickles[0]), MOST_INSTRUCTIONS)
+        check_instructions(archive.read(pickles[0]), MOST_INSTRUCTIONS)
 
 
 def _check_old_file(path: Path) -> None:
@@ -166,10 +192,10 @@ def _check_old_file(path: Path) -> None:
     left = MOST_INSTRUCTIONS
     with path.open("rb") as file:
         for _ in range(PICKLES_BEFORE_1_6):
-            left -= _check_instructions(file, left)
+            left -= check_instructions(file, left)
 
 
-def _check_instructions(pickle: bytes | IO[bytes], most: int) -> int:
+def check_instructions(pickle: bytes | IO[bytes], most: int) -> int:
     """Count the instructions of a pickle, which is not run.
 
     Raises:
@@ -185,6 +211,9 @@ def _check_instructions(pickle: bytes | IO[bytes], most: int) -> int:
             raise ValueError(f"it has more than {most:,} instructions")
         name = instruction.name
         if name in STORE:
+            # Python's unpickler makes a table of that length.
+            if isinstance(argument, int) and argument > count:
+                raise ValueError(f"it numbers its object {count:,} as {argument:,}")
             remembered[argument] = stack[-1]
         elif name == "MEMOIZE":
             remembered[len(remembered)] = stack[-1]

@@ -125,7 +125,7 @@ def export_hf(
             )
             parity = compare_logits(reference, load_exported(folder), windows_WS)
             check_parity(parity)
-        step = _write_card(checkpoint, folder, note)
+        step = write_card(checkpoint, folder, note)
         conversion = Conversion(
             target.architecture, step, dtype_name(dtype), tensors, size, parity, unchecked, left_out
         )
@@ -133,7 +133,7 @@ def export_hf(
     return conversion
 
 
-def _write_card(checkpoint: Path, folder: Path, tokenizer_note: str | None = None) -> int:
+def write_card(checkpoint: Path, folder: Path, tokenizer_note: str | None = None) -> int:
     """Writes the model card into an export; returns the step that the weights are of."""
     state = read_state(checkpoint)
     card = model_card(read_run_recipe(checkpoint), state)
@@ -184,7 +184,7 @@ def export_safetensors(
         size = sum(form.bytes for form in forms.values())
         conversion = Conversion(
             "safetensors",
-            _write_card(checkpoint, folder),
+            write_card(checkpoint, folder),
             dtype_name(dtype),
             len(forms),
             size,
@@ -216,7 +216,7 @@ def export_universal(checkpoint: Path, output: Path, overwrite: bool) -> Convers
             copy_file(path, folder / path.name)
         write_side_files(read_side_files(checkpoint), folder)
         conversion = Conversion(
-            "universal", _write_card(checkpoint, folder), "float32", tensors, size, None
+            "universal", write_card(checkpoint, folder), "float32", tensors, size, None
         )
         write_json_file(folder / RECORD, conversion.to_dict())
     return conversion

@@ -21,7 +21,7 @@ from pretrain.core.plugins import add_loaded_plugins
 from pretrain.export.architectures.llama_like import LlamaLike
 from pretrain.export.architectures.rope import resolved
 from pretrain.export.hf_files import TOKENIZER_CONFIG, unset_fields
-from pretrain.export.hf_tokenizer import sentencepiece_section, source_tokenizer
+from pretrain.export.hf_tokenizer import TokenIds, sentencepiece_section, source_tokenizer
 from pretrain.export.writer import read_json_object
 
 if TYPE_CHECKING:
@@ -123,9 +123,12 @@ def recipe_of(source: Path, output: Path, target: LlamaLike, config: PreTrainedC
     path = source / "config.json"
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", source.resolve().name).lstrip("._-") or target.name
     _check_undeclared(path, config)
+    tokens = TokenIds(
+        config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id
+    )
     content = {
         "name": name,
-        "data": {"tokenizer": _tokenizer_section(source, output, config)},
+        "data": {"tokenizer": tokenizer_section(source, output, tokens)},
         "model": _model_section(path, target, config),
         "train": {
             "sequence_length": min(config.max_position_embeddings, 4096),
@@ -223,7 +226,12 @@ def _difference(field: str, value: Any, exported: Any) -> tuple[str, str]:
     return f"{field} = {value}", str(exported)
 
 
-def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> JsonObject:
+def tokenizer_section(source: Path, output: Path, config: TokenIds) -> JsonObject:
+    """The tokenizer's section of a recipe, for the file in ``source`` whose copy is in ``output``.
+
+    Raises:
+        CheckpointError: if it is damaged, or has more entries than the model.
+    """
     path = source_tokenizer(source)
     if path is None:
         return {"kind": "train_bpe"}
@@ -264,9 +272,7 @@ def _tokenizer_section(source: Path, output: Path, config: PreTrainedConfig) -> 
     )
 
 
-def _document_end(
-    source: Path, library: tokenizers.Tokenizer, config: PreTrainedConfig
-) -> str | None:
+def _document_end(source: Path, library: tokenizers.Tokenizer, config: TokenIds) -> str | None:
     """The end-of-document token: the first that ``config.json`` names, if it is no ordinary word.
 
     Otherwise that of ``tokenizer_config.json``, if there is one.

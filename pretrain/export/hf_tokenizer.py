@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from data_pipeline.tokenizer.agreement import case_folding_texts, disagreement, torture_texts
 from data_pipeline.tokenizer.files import JSON_NAME, MODEL_NAME, tokenizer_file
@@ -16,9 +16,6 @@ from pretrain.core.errors import CheckpointError, DataError
 from pretrain.core.files import JsonObject
 from pretrain.export.hf_open import open_tokenizer
 from pretrain.export.writer import read_json_object, write_json_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +70,15 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> str 
     return note
 
 
+class TokenIds(NamedTuple):
+    """What a model says of its vocabulary: its size, and ids that may be unknown or several."""
+
+    vocab_size: int
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: Any
+
+
 def source_tokenizer(folder: Path) -> Path | None:
     """Return the tokenizer of a folder that has the ids of transformers; None if there is none.
 
@@ -86,7 +92,7 @@ def source_tokenizer(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def sentencepiece_section(model: Path, output: Path, config: PreTrainedConfig) -> JsonObject:
+def sentencepiece_section(model: Path, output: Path, config: TokenIds) -> JsonObject:
     """Return the section of a recipe for such a model, whose copy is in ``output``.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Distributed checkpoints of Megatron-Core (``torch_dist``), written and read without it."""
