@@ -104,12 +104,7 @@ def import_shards(
         StorageError: if the disk is full.
     """
     tokenizer = _tokenizer_of(config, bool(validation))
-    shares = None if split is None else parse_split(split)
-    if shares is not None and (validation or config.validation_share):
-        raise ConfigError(
-            "--import-split says what is held out, and so do --import-validation and"
-            " --validation-share: give one of them"
-        )
+    shares = _shares_of(split, bool(validation or config.validation_share))
     shards: dict[SplitName, list[ForeignShard]] = {
         "train": [open_foreign(prefix) for prefix in prefixes],
         "validation": [open_foreign(prefix) for prefix in validation],
@@ -152,6 +147,15 @@ def import_shards(
                 " at rest"
             )
         return _Import(jobs, records, tokenizer, output).publish(workspace, identity)
+
+
+def _shares_of(split: str | None, holds_out: bool) -> tuple[float, ...] | None:
+    if split is not None and holds_out:
+        raise ConfigError(
+            "--import-split says what is held out, and so do --import-validation and"
+            " --validation-share: give one of them"
+        )
+    return None if split is None else parse_split(split)
 
 
 def _split(

@@ -1,4 +1,4 @@
-"""Megatron's ``--split``: shares of a shard's documents, in their order, for training and others."""
+"""Megatron's ``--split``: the first documents of a shard to train on, the next to hold out."""
 
 from __future__ import annotations
 

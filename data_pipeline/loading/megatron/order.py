@@ -276,8 +276,10 @@ def prepare_order(plan: OrderPlan, progress: bool = False) -> None:
 def _remove(files: IndexFiles) -> None:
     """Remove what there is of files that are not whole, so that no rank reads it."""
     for name in (*(f"{name}.npy" for name in files.expected), "description.txt"):
+        if not files.path(name).exists():
+            continue
         try:
-            files.path(name).unlink(missing_ok=True)
+            files.path(name).unlink()
         except OSError as error:
             raise StorageError(
                 f"{files.path(name)} is damaged and cannot be removed ({error.strerror}): remove"

@@ -19,7 +19,7 @@ from tests.support.data_folder import write_folder
 from tests.support.fork_server import run_python
 from tests.support.tiny_run import curve
 
-# Documents of each data set, and what Megatron is asked for. An item has about 30 tokens a document.
+# Documents of each data set, of about 30 tokens each, and what Megatron is asked for.
 CASES: dict[str, dict[str, Any]] = {
     "part of an epoch": {"documents": [60], "length": 16, "samples": 40, "seed": 1234},
     "an odd length, in several shards": {

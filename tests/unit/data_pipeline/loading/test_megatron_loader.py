@@ -237,8 +237,8 @@ def test_a_mask_needs_the_token_that_ends_documents(datasets: Datasets) -> None:
         ("data.mixture={kind: temperature, temperature: 2}", r"kind=temperature, because"),
         ("data.mixture={kind: proportional, max_epochs: {all: 1}}", r"max_epochs, because"),
         (
-            "phases=[{name: short, sequence_length: 64, tokens: 65536}, {name: rest}]",
-            r"phases\.short\.sequence_length does not go with data\.order=megatron",
+            "phases=[{name: one, mixture: {kind: proportional}, tokens: 2560}, {name: rest}]",
+            r"phases\.one\.mixture does not go with data\.order=megatron",
         ),
         ("data.order=megatrom", r"data\.order"),
     ],
