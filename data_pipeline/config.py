@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from data_pipeline.cleaning.config import Cleaning, FillInTheMiddle
 from data_pipeline.sources.config import DatasetsSource, PythonStdlibSource, SourceConfig, SplitBy
@@ -120,6 +120,59 @@ class BestFit(PackingBase):
 Packing = Annotated[Concatenate | BestFit, Field(discriminator="kind")]
 
 
+class OrderBase(Section):
+    """The fields that every order of samples has.
+
+    Attributes:
+        is_megatrons: it is that of Megatron's data sets.
+    """
+
+    is_megatrons: ClassVar[bool] = False
+
+
+class Shuffled(OrderBase):
+    """A keyed permutation of the samples in each epoch, which needs no memory and no files."""
+
+    kind: Literal["shuffled"] = "shuffled"
+
+
+class MegatronOrder(OrderBase):
+    """The samples of Megatron-LM's GPTDataset and BlendedDataset, in its order."""
+
+    is_megatrons: ClassVar[bool] = True
+    kind: Literal["megatron"]
+    samples: Positive | None = Field(
+        None,
+        description=(
+            "samples that the order is made for: Megatron's train_samples, or train_iters x"
+            " global_batch_size; the run's own by default. Another number is another order"
+        ),
+    )
+    eod_mask_loss: bool | None = Field(
+        None,
+        description=(
+            "no loss on the token after an end-of-document token; as data.document_mask by default"
+        ),
+    )
+    surplus: Annotated[float, Field(ge=0, le=1000)] = Field(
+        0.005,
+        description=(
+            "with mixture weights: share of samples that are made of each source beyond those that"
+            " are used, Megatron's mid_level_dataset_surplus"
+        ),
+    )
+
+
+def _by_name(value: Any) -> Any:
+    """Take ``order: megatron`` as ``order: {kind: megatron}``."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Order = Annotated[
+    Annotated[Shuffled | MegatronOrder, Field(discriminator="kind")], BeforeValidator(_by_name)
+]
+
+
 def _own_splits(name: Any, section: Any) -> list[tuple[Any, Any]]:
     """Return a section by its name, or the two that a ``validation_split`` makes of it."""
     if isinstance(section, DatasetsSource):
@@ -207,6 +260,10 @@ class DataConfig(Section):
     )
     mixture: Mixture = Proportional()
     packing: Packing = Concatenate()
+    order: Order = Field(
+        Shuffled(),
+        description="of the samples: 'shuffled', or that of Megatron-LM's data sets: 'megatron'",
+    )
     document_mask: bool = Field(
         False, description="attention stays inside a document, and no loss is taken across its end"
     )
@@ -288,6 +345,28 @@ class DataConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _megatron_knows_the_order(self) -> DataConfig:
+        if not self.order.is_megatrons:
+            return self
+        refused = {
+            "data.streaming, which reads documents as they come": self.streaming,
+            "data.packing.kind=best_fit, because its samples are cut from documents back to back": (
+                self.packing.is_planned
+            ),
+            f"data.mixture.kind={self.mixture.kind}, because a blend has weights or reads each"
+            " source once": not isinstance(self.mixture, Proportional | Weights),
+            "data.mixture.max_epochs, because a blend repeats each source as its weight asks": bool(
+                self.mixture.max_epochs
+            ),
+        }
+        for what, is_used in refused.items():
+            if is_used:
+                raise ValueError(
+                    f"data.order=megatron does not go with {what}: leave one of them out"
+                )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _own_splits_are_two_sources(cls, content: Any) -> Any:
@@ -314,7 +393,15 @@ class DataConfig(Section):
     @property
     def leaves_out_labels(self) -> bool:
         """Whether some tokens of a training batch have no label and must be counted."""
-        return self.document_mask or self.packing.is_planned
+        return self.document_mask or self.packing.is_planned or self.masks_eod_loss
+
+    @property
+    def masks_eod_loss(self) -> bool:
+        """Whether Megatron's order takes no loss on the token after an end-of-document token."""
+        if not isinstance(self.order, MegatronOrder):
+            return False
+        masks = self.order.eod_mask_loss
+        return self.document_mask if masks is None else masks
 
     @property
     def named_sources(self) -> dict[str, SourceConfig]:

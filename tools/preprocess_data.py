@@ -20,6 +20,7 @@ from pretrain.core import startup  # not found? Run `pip install -e .` in the ch
 startup.prepare()  # before the slow imports
 
 from data_pipeline.preprocess.coordinator import BuildResult, build
+from data_pipeline.preprocess.import_options import add_import_options, check_import_options
 from data_pipeline.preprocess.import_shards import ImportResult, import_shards
 from data_pipeline.preprocess.pool import Pool, mpi_pool, mpi_size
 from data_pipeline.preprocess.result_table import print_result
@@ -95,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         parser, help="build the data section of this recipe (default: the defaults of every field)"
     )
     _add_input_options(parser)
-    _add_import_options(parser)
+    add_import_options(parser)
     _add_tokenizer_options(parser)
     _add_output_options(parser)
     add_set_option(parser)
@@ -161,28 +162,6 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         "--quoting",
         action=argparse.BooleanOptionalAction,
         help='CSV: "..." may hold delimiters and line ends (default: yes, but not between tabs)',
-    )
-
-
-def _add_import_options(parser: argparse.ArgumentParser) -> None:
-    ready = parser.add_argument_group("existing shards")
-    ready.add_argument(
-        "--import-shards",
-        nargs="+",
-        action="extend",
-        metavar="PREFIX",
-        help=(
-            "make a data folder of shards of Megatron, GPT-NeoX, nanotron, nanoGPT or llm.c,"
-            " instead of --input; with --validation-share all are copied, documents held out by a"
-            " hash of their ids"
-        ),
-    )
-    ready.add_argument(
-        "--import-validation",
-        nargs="+",
-        action="extend",
-        metavar="PREFIX",
-        help="shards that are held out (default: nothing is)",
     )
 
 
@@ -265,8 +244,8 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
     content["data"] = data = dict(content.get("data") or {})
     if arguments.output_prefix:
         data |= {"validation_share": 0.0, "validation_documents": None, "max_shard_bytes": None}
+    check_import_options(arguments)
     if arguments.import_shards:
-        _check_import(arguments)
         data |= {"validation_share": 0.0, "validation_documents": None}
     elif arguments.validation_share is not None:
         data["validation_documents"] = None
@@ -288,28 +267,6 @@ def data_section(arguments: argparse.Namespace) -> tuple[Recipe, Output]:
     import_plugins(content)
     recipe = validate_recipe(content, origin)
     return recipe, _output(arguments, recipe.data_path if arguments.recipe else recipe.data.path)
-
-
-def _check_import(arguments: argparse.Namespace) -> None:
-    for name in (
-        "input",
-        "output_prefix",
-        "max_samples",
-        "validation_documents",
-        "append_eod",
-        "parse_special_tokens",
-        "engine",
-        "split_by",
-        "max_shard_bytes",
-        "on_bad",
-        "max_bad_share",
-    ):
-        if getattr(arguments, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(
-                f"{option} does not go with --import-shards, whose tokens and document ends are"
-                " taken as they are: leave it out"
-            )
 
 
 def _set_sources(data: JsonObject, arguments: argparse.Namespace) -> None:
@@ -391,10 +348,6 @@ def run(pool: Pool | None) -> None:
     show_warnings()
     recipe, output = data_section(arguments)
     started = time.perf_counter()
-    if arguments.import_validation and not arguments.import_shards:
-        raise ConfigError(
-            "--import-validation names what is held out of --import-shards PREFIX: give both"
-        )
     result: BuildResult
     if arguments.import_shards:
         held_out = arguments.import_validation or []
@@ -406,6 +359,7 @@ def run(pool: Pool | None) -> None:
             arguments.fresh,
             True,
             arguments.workers,
+            arguments.import_split,
         )
     else:
         result = build(

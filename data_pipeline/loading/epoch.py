@@ -20,7 +20,14 @@ def epoch_samples(datasets: Datasets, config: DataConfig, sequence_length: int) 
     Raises:
         DataError: if a folder has nothing to train on.
     """
-    streams = [part.stream for parts in datasets.training_shards().values() for part in parts]
+    sources = datasets.training_shards()
+    if config.order.is_megatrons:
+        # A source is one stream of tokens there, whatever folders its shards are in.
+        return sum(
+            max(sum(part.stream.num_tokens for part in parts) - 1, 0) // sequence_length
+            for parts in sources.values()
+        )
+    streams = [part.stream for parts in sources.values() for part in parts]
     count = _packed if config.packing.is_planned else _windows
     return sum(count(stream, sequence_length) for stream in streams)
 

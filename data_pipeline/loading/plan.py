@@ -52,12 +52,14 @@ class LoaderPlan:
         phases: in order; the first one begins with step 0.
         sequence_length: tokens of a sample, which is the run's longest sequence.
         seed: of the sample order.
+        num_samples: of all steps.
         origin_steps: a stream remembers at least that many steps' origins.
     """
 
     phases: Sequence[LoaderPhase]
     sequence_length: int
     seed: int
+    num_samples: int
     origin_steps: int = 1
 
 

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from pydantic import Field
 
 from data_pipeline.config import DataConfig, Mixture
-from data_pipeline.loading.batch import Batch, Origin, Sample, Samples, to_batch
 from data_pipeline.loading.interface import Consumed
 from data_pipeline.loading.mixture import MixtureEntry, MixtureSchedule, SourceState, check_names
 from data_pipeline.loading.packing import training_samples
-from data_pipeline.loading.plan import LoaderPhase, LoaderPlan, check_micro_batches
-from data_pipeline.loading.prefetch import PrefetchWait
+from data_pipeline.loading.plan import LoaderPhase, LoaderPlan
+from data_pipeline.loading.sample_loader import SampleLoader, TrainingSource
 from data_pipeline.loading.saved import read_saved
 from data_pipeline.loading.shuffle import shuffled
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.manifest import canonical_sha256
-from pretrain.core import faults
 from pretrain.core.errors import DataError
 from pretrain.core.files import JsonObject
 from pretrain.core.saved_types import Count
 
 logger = logging.getLogger(__name__)
-
-# Steps read ahead of the requested one: storage may stall for as long before training waits.
-STEPS_AHEAD = 3
-
-
-@dataclass(frozen=True)
-class TrainingSource:
-    """A source of the mixture: its samples, and the fingerprint of the data behind them."""
-
-    samples: Samples
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -59,12 +44,8 @@ class SavedPosition:
     passes: tuple[float, float] = (0.0, 0.0)
 
 
-class ShardLoader:
-    """One rank's training batches, a pure function of the step: to resume, ask for the next step.
-
-    Micro batch j of a step holds its samples from j * micro_batch_size on, and goes to rank
-    j % dp_size. So with a fixed micro batch size the step's micro batches are the same for any
-    number of ranks; only the rank that gets them differs. A background thread reads ahead.
+class ShardLoader(SampleLoader):
+    """One rank's training batches in the order of a mixture of shuffled sources.
 
     Args:
         sources: by name, in samples of the run's longest sequence.
@@ -86,30 +67,15 @@ class ShardLoader:
         dp_rank: int,
         dp_size: int,
     ) -> None:
+        super().__init__(sources, phases, dp_rank, dp_size)
         for phase in phases:
-            check_micro_batches(phase.global_batch_size, phase.micro_batch_size, dp_size)
             check_names(phase.mixture, list(sources), phase.mixture_key)
-        self.sources = dict(sources)
-        self.phases = list(phases)
         self.seed = seed
-        self.sequence_length = next(iter(sources.values())).samples.sequence_length
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
         self._check_size()
-        # Blocks are counted from the start of the run. The phases count differently if earlier
-        # blocks had another length.
-        self._offset = 0
         # Passes over the training split up to a block; after it, passes are counted in blocks of
         # the split as it is now.
         self._passes: tuple[float, float] = (0.0, 0.0)
         self.schedule = self._with_coming([self._entry(0, {}, self.phases[0].mixture)], 0)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shard-loader")
-        self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
-        self.prefetch_wait = PrefetchWait()
-
-    def phase_at(self, step: int) -> LoaderPhase:
-        """The phase of step ``step`` (from 0)."""
-        return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
 
     def sample_numbers(self, step: int) -> list[tuple[str, int]]:
         """Source and sample index of each sequence of the whole step, over all ranks.
@@ -125,20 +91,6 @@ class ShardLoader:
             for place, sample in zip(places.tolist(), samples.tolist(), strict=True):
                 found[place] = (name, sample)
         return found
-
-    def step_batches(self, step: int) -> list[Batch]:
-        """This rank's micro batches of a step (from 0), one per gradient accumulation step."""
-        if not self._ahead or self._ahead[0][0] != step:
-            self._ahead.clear()
-        while len(self._ahead) <= STEPS_AHEAD:
-            ahead = step + len(self._ahead)
-            # One thread reads the steps in order: two would only compete for the disk.
-            self._ahead.append((ahead, self._reader.submit(self._read, ahead)))
-        return self.prefetch_wait.result(self._ahead.popleft()[1])
-
-    def position(self, step: int) -> int:
-        """Samples before step ``step``, including those that the step before shares with it."""
-        return self._offset + self.phase_at(max(step - 1, 0)).blocks_after(step)
 
     def consumed(self, step: int) -> Consumed:
         """Samples consumed before step ``step``, in all and by source."""
@@ -159,13 +111,6 @@ class ShardLoader:
         self._offset = consumed.samples - phase.first_block_of(step)
         self.schedule = self._with_coming(entries, step)
         self._ahead.clear()
-
-    def origins(self, step: int) -> list[Origin]:
-        """Origin of each sequence of a step, over all ranks."""
-        return [
-            Origin(name, self.sources[name].samples.documents(sample))
-            for name, sample in self.sample_numbers(step)
-        ]
 
     def epochs(self, step: int) -> float:
         """Passes over the training split after ``step`` steps.
@@ -246,34 +191,6 @@ class ShardLoader:
     def _num_samples(self) -> int:
         """Samples of one epoch of all sources."""
         return sum(len(source.samples) for source in self.sources.values())
-
-    def _blocks(self, step: int) -> float:
-        """Blocks that ``step`` steps have used up; a block shared by steps counts in part."""
-        phase = self.phase_at(max(step - 1, 0))
-        read = (step - phase.first_step) * phase.global_batch_size / phase.slices
-        return self._offset + phase.first_block + read
-
-    def _read(self, step: int) -> list[Batch]:
-        faults.reached("data.read")
-        phase = self.phase_at(step)
-        numbers = self.sample_numbers(step)
-        size = phase.micro_batch_size
-        part = (step - phase.first_step) % phase.slices
-        batches = []
-        # The ranks take micro batches alternately, so a step has the same samples on any number of
-        # ranks.
-        for first in range(self.dp_rank * size, phase.global_batch_size, self.dp_size * size):
-            group = [
-                self._read_sample(name, sample) for name, sample in numbers[first : first + size]
-            ]
-            if phase.slices > 1:
-                group = [sample.part(part, phase.slices) for sample in group]
-            batches.append(to_batch(group))
-        return batches
-
-    def _read_sample(self, name: str, number: int) -> Sample:
-        self.prefetch_wait.reading = f"sample {number} of the source '{name}'"
-        return self.sources[name].samples.read(number)
 
     def _entry(self, start_sample: int, taken: dict[str, int], mixture: Mixture) -> MixtureEntry:
         states = {

@@ -176,7 +176,8 @@ class _Importer:
             if self.job.dtype == np.dtype("<i4")
             else {self.job.dtype}
         )
-        return len(self.job.names) == 1 and self.shard.offset == 0 and self.shard.dtype in types
+        is_one = len(self.job.names) == 1 and self.shard.is_whole_file
+        return is_one and self.shard.dtype in types
 
     def _linked(self) -> _LinkedShard:
         (name,) = self.job.names.values()

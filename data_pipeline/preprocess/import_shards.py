@@ -22,6 +22,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.preprocess.convert_shard import ImportJob, ImportRecord, import_shard
 from data_pipeline.preprocess.coordinator import BuildResult
 from data_pipeline.preprocess.manifest_writer import tokenizer_entry
+from data_pipeline.preprocess.megatron_split import parse_split, split_shard
 from data_pipeline.preprocess.workspace import (
     Output,
     Workspace,
@@ -82,6 +83,7 @@ def import_shards(
     fresh: bool = False,
     progress: bool = False,
     workers: int | None = None,
+    split: str | None = None,
 ) -> ImportResult:
     """Make a data folder of existing shards, or find it complete.
 
@@ -92,6 +94,8 @@ def import_shards(
             ``prefixes``, by a hash of their token ids.
         fresh, progress: as of :func:`data_pipeline.preprocess.coordinator.build`.
         workers: shards that are read at the same time.
+        split: Megatron's split of each shard, see
+            :func:`data_pipeline.preprocess.megatron_split.parse_split`.
 
     Raises:
         ConfigError: for options that do not go together, and if the folder holds other data and
@@ -100,6 +104,7 @@ def import_shards(
         StorageError: if the disk is full.
     """
     tokenizer = _tokenizer_of(config, bool(validation))
+    shares = _shares_of(split, bool(validation or config.validation_share))
     shards: dict[SplitName, list[ForeignShard]] = {
         "train": [open_foreign(prefix) for prefix in prefixes],
         "validation": [open_foreign(prefix) for prefix in validation],
@@ -113,6 +118,8 @@ def import_shards(
             "special": [tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id],
             "share": config.validation_share,
         }
+        # Folders from before it are known without it.
+        | ({} if shares is None else {"split": list(shares)})
     )
     identity = {"request_sha256": request, "inputs_sha256": _stamp(shards)}
     with (
@@ -131,9 +138,8 @@ def import_shards(
         if output.manifest.exists() and not fresh:
             return ImportResult(output, _existing_manifest(output, identity), reused=True)
         workspace = Workspace(output.staging, identity)
-        jobs = _jobs(
-            shards, config.validation_share, tokenizer, output, workspace.folder / "shards"
-        )
+        parts = shards if shares is None else _split(shards["train"], shares, tokenizer.eod_id)
+        jobs = _jobs(parts, config.validation_share, tokenizer, output, workspace.folder / "shards")
         records = _run(jobs, min(workers or 4, len(jobs)), progress)
         if _stamp(shards) != identity["inputs_sha256"]:
             raise DataError(
@@ -141,6 +147,22 @@ def import_shards(
                 " at rest"
             )
         return _Import(jobs, records, tokenizer, output).publish(workspace, identity)
+
+
+def _shares_of(split: str | None, holds_out: bool) -> tuple[float, ...] | None:
+    if split is not None and holds_out:
+        raise ConfigError(
+            "--import-split says what is held out, and so do --import-validation and"
+            " --validation-share: give one of them"
+        )
+    return None if split is None else parse_split(split)
+
+
+def _split(
+    shards: list[ForeignShard], shares: Sequence[float], eod_id: int | None
+) -> dict[SplitName, list[ForeignShard]]:
+    found = [split_shard(shard, shares, eod_id) for shard in shards]
+    return {split: [part[split] for part in found if split in part] for split in SPLITS}
 
 
 def _tokenizer_of(config: DataConfig, has_validation: bool) -> Tokenizer:
@@ -359,6 +381,11 @@ class _Import:
                     f"{job.shard.prefix} has no index: it is taken as {job.shard.form}'s,"
                     f" {count:,} documents, cut at the token {self.tokenizer.eod_id}"
                 )
+        if empty := sum(record.empty for record in self.records):
+            yield (
+                f"{empty:,} documents without a token are left out: Megatron counts them, so that"
+                " data.order=megatron gives another order than its own"
+            )
         if self.tokenizer.eod_id is None:
             yield (
                 "the tokenizer has no token that ends a document: each runs into the next one in"

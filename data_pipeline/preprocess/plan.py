@@ -33,6 +33,7 @@ NOT_IN_SHARDS = {
     "corpora",
     "mixture",
     "packing",
+    "order",
     "document_mask",
     "verify",
     "tokenizer",

@@ -16,7 +16,7 @@ int32 (magic, version,        before each end-of-document token, which begins a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class ForeignShard:
         ends: tokens before the end of each document, int64, sorted; None if only the tokens say
             it.
         files: all that are read.
+        sequences: of an index that counts them apart from documents.
         notes: what is in the files and not taken over, one sentence each.
     """
 
@@ -59,6 +60,7 @@ class ForeignShard:
     ends: np.ndarray | None
     files: list[Path]
     offset: int = 0
+    sequences: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def read(self, begin: int, end: int) -> Tokens:
@@ -71,6 +73,21 @@ class ForeignShard:
         """The same in parts of ``READ_TOKENS``."""
         for start in range(begin, end, READ_TOKENS):
             yield self.read(start, min(start + READ_TOKENS, end))
+
+    @property
+    def is_whole_file(self) -> bool:
+        """Whether the file holds these tokens and nothing else."""
+        return self.path.stat().st_size == self.num_tokens * self.dtype.itemsize
+
+    def part_of_documents(self, ends: np.ndarray, first: int, last: int) -> ForeignShard:
+        """Return documents first .. last - 1 as a shard, by the ends of all documents."""
+        begin, end = (int(ends[number - 1]) if number else 0 for number in (first, last))
+        return replace(
+            self,
+            num_tokens=end - begin,
+            ends=ends[first:last] - begin,
+            offset=self.offset + begin * self.dtype.itemsize,
+        )
 
     def document_ends(self, eod_id: int | None) -> np.ndarray:
         """Return ``ends``, or the ends that the end-of-document tokens imply.
@@ -159,6 +176,7 @@ def _megatron(prefix: str, base: Path) -> ForeignShard:
         reader.num_tokens,
         reader.document_ends(),
         files,
+        sequences=len(reader),
         notes=notes,
     )
 

@@ -146,6 +146,13 @@ class Shard:
         # A document without a token begins where the next one does.
         return np.unique(np.concatenate(parts) // size)
 
+    def document_span(self, number: int) -> tuple[int, int]:
+        """Return the first token of a document, from 0, and the one after its last."""
+        offsets = self._check_once()
+        size = self.dtype.itemsize
+        found = offsets.part(number, 2) // size
+        return int(found[0]), int(found[1]) if len(found) > 1 else self.entry.tokens
+
     def documents(self, begin: int, end: int) -> tuple[int, int]:
         """Return the numbers in the split of the documents with the tokens begin and end - 1."""
         offsets = self._check_once()
@@ -175,10 +182,19 @@ class TokenStream:
         self.vocab_size = vocab_size
         self._starts = np.cumsum([0, *(shard.entry.tokens for shard in shards)], dtype=np.int64)
 
+        self._first_documents = np.cumsum(
+            [0, *(shard.entry.documents for shard in shards)], dtype=np.int64
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all shards."""
         return int(self._starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return int(self._first_documents[-1])
 
     def start_of(self, shard: int) -> int:
         """Return the place in the stream at which the tokens of a shard begin."""
@@ -209,6 +225,18 @@ class TokenStream:
             for shard, begin, end, filled in self._pieces(start, count)
         ]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def document_span(self, number: int) -> tuple[int, int]:
+        """Return the first token of document ``number`` of all shards, and the one after its last.
+
+        Raises:
+            IndexError: if there is no such document.
+        """
+        if not 0 <= number < self.num_documents:
+            raise IndexError(f"document {number} of a stream of {self.num_documents}")
+        shard = int(np.searchsorted(self._first_documents, number, side="right")) - 1
+        begin, end = self.shards[shard].document_span(number - int(self._first_documents[shard]))
+        return self.start_of(shard) + begin, self.start_of(shard) + end
 
     def ranges(self, start: int, count: int) -> list[tuple[Shard, int, int]]:
         """Return the places of ``count`` tokens: (shard, first and last + 1 token in it)."""

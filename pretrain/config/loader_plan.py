@@ -30,5 +30,9 @@ def loader_plan(recipe: Recipe, timeline: Timeline | None = None) -> LoaderPlan:
             )
         )
     return LoaderPlan(
-        phases, timeline.block_tokens, recipe.seed, origin_steps=recipe.logging.interval_steps
+        phases,
+        timeline.block_tokens,
+        recipe.seed,
+        num_samples=phases[-1].first_block_of(timeline.num_steps),
+        origin_steps=recipe.logging.interval_steps,
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loading.factory import open_loader
+from data_pipeline.loading.factory import open_loader, prepare_files
 from data_pipeline.loading.interface import Loader
-from data_pipeline.loading.packing import Windows, prepare_packing
+from data_pipeline.loading.packing import Windows
 from data_pipeline.shards.datasets import Datasets, data_folders, load_datasets
 from data_pipeline.shards.recorded import data_warnings
 from data_pipeline.shards.verification import BackgroundCheck
@@ -176,11 +176,11 @@ def _problems_error(path: Path) -> PipelineError | None:
 
 
 def pack_data(resolved: ResolvedRun) -> None:
-    """Let rank 0 pack documents into sequences, unless that is done or not asked for."""
-    # The result is a file next to the data: one writer, and all others wait for it.
+    """Let rank 0 pack or order the samples, unless that is done or not asked for."""
+    # The result is files next to the data: one writer, and all others wait for it.
     if resolved.topology.is_main:
-        length = resolved.timeline.block_tokens
-        prepare_packing(resolved.datasets, resolved.recipe.data, length, progress=True)
+        plan = loader_plan(resolved.recipe, resolved.timeline)
+        prepare_files(resolved.recipe.data, resolved.datasets, plan)
     resolved.topology.barrier()
 
 

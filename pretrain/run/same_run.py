@@ -21,6 +21,7 @@ FIXED_FIELDS = (
     "model",
     "data.document_mask",
     "data.packing",
+    "data.order.kind",
     "data.streaming",
     "train.sequence_length",
     "train.global_batch_size",

@@ -121,6 +121,19 @@ def phases_fit_a_stream(recipe: Recipe) -> None:
                 )
 
 
+def phases_fit_megatrons_order(recipe: Recipe) -> None:
+    """Megatron's order is of one sequence length and one blend."""
+    if not recipe.data.order.is_megatrons:
+        return
+    for phase in recipe.phases:
+        for field in ("sequence_length", "mixture"):
+            if getattr(phase, field) is not None:
+                raise ConfigError(
+                    f"phases.{phase.name}.{field} does not go with data.order=megatron, whose order "
+                    "is of one sequence length and one blend: leave it out"
+                )
+
+
 def weights_come_from_one_place(recipe: Recipe) -> None:
     """A branch has weights already."""
     if recipe.branch_from is not None and recipe.initial_weights is not None:
@@ -137,6 +150,7 @@ PHASE_RULES: tuple[Callable[[Recipe], None], ...] = (
     phase_positions_need_no_training,
     phase_mixtures_are_shares,
     phases_fit_a_stream,
+    phases_fit_megatrons_order,
     weights_come_from_one_place,
 )
 

@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.loading.batch import NO_LOSS, Batch
+from data_pipeline.loading.megatron.loader import MegatronLoader, open_megatron_loader
 from data_pipeline.loading.saved import read_saved
 from data_pipeline.loading.seen_samples import seen_samples
-from data_pipeline.loading.shard_loader import SavedPosition, open_shard_loader
+from data_pipeline.loading.shard_loader import SavedPosition, ShardLoader, open_shard_loader
 from data_pipeline.loading.validation import validation_batches
 from data_pipeline.shards.datasets import Datasets
 from data_pipeline.shards.split import SplitName
@@ -385,16 +386,25 @@ def fit_on_seen_samples(
             "the n-gram is fitted on what the model has seen, which a checkpoint of weights alone"
             " does not record: leave the n-gram out"
         )
-    if "plans" not in state["data"]:
+    is_megatrons = recipe.data.order.is_megatrons
+    if not is_megatrons and "plans" not in state["data"]:
         raise DataError(
             "the n-gram is fitted on what the model has seen, which a run with data.streaming does"
             " not keep: pass --no-bigram"
         )
-    saved = read_saved(SavedPosition, state["data"])
-    seen = seen_samples(saved.plans, saved.samples, recipe.seed)
+    seen: dict[str, np.ndarray] = {}
+    loader: MegatronLoader | ShardLoader
+    if not is_megatrons:
+        saved = read_saved(SavedPosition, state["data"])
+        seen = seen_samples(saved.plans, saved.samples, recipe.seed)
     try:
-        loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
-        loader.resume(state["data"], state["step"])
+        if is_megatrons:
+            loader = open_megatron_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
+            loader.resume(state["data"], state["step"])
+            seen = loader.seen_samples(state["step"])
+        else:
+            loader = open_shard_loader(recipe.data, datasets, loader_plan(recipe), 0, 1)
+            loader.resume(state["data"], state["step"])
         samples = {
             name: loader.sources[name].samples for name, numbers in seen.items() if len(numbers)
         }
