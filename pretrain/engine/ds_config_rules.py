@@ -25,22 +25,26 @@ NEED_KERNELS = (
 )
 
 
-def check_combination(ds_config: JsonObject, origin: str, recipe: Recipe) -> None:
+def check_combination(
+    ds_config: JsonObject, origin: str, recipe: Recipe, device_type: str | None = None
+) -> None:
     """Refuse what DeepSpeed would ignore at this stage, or cannot do with this recipe.
 
     Args:
         ds_config: whose keys were checked one by one.
         origin: of the ds_config, for error sentences.
+        device_type: ``cpu`` or ``cuda``; this machine's by default.
 
     Raises:
         ConfigError: with the reason.
     """
     zero = ds_config.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))
+    device_type = device_type or get_accelerator().device_name()
     for key, value in zero.items():
         if (problem := _ignored(key, value, stage)) is not None:
             raise ConfigError(f"{origin}: {problem}")
-        if key in NEED_KERNELS and value is True and get_accelerator().device_name() == "cpu":
+        if key in NEED_KERNELS and value is True and device_type == "cpu":
             raise ConfigError(
                 f"{origin}: 'zero_optimization.{key}' needs kernels that DeepSpeed does not have "
                 "for a CPU: leave it out"
