@@ -18,11 +18,7 @@ from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.ds_config_keys import STAGES
 
 # ZeRO++: the weights are quantized by kernels.
-NEED_KERNELS = (
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-)
+NEED_KERNELS = ("zero_quantized_weights", "zero_quantized_gradients")
 
 
 def check_combination(

@@ -178,6 +178,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint": {"writer": {"type": "FAST"}}}, "do nothing"),
     ({"checkpoint": {"use_node_local_storage": True}}, "one folder"),
     ({"moe": {"enabled": True}}, "model.moe"),
+    ({"data_parallel_size": 2}, "follows from the number of ranks"),
+    (zero(3, zero_quantized_nontrainable_weights=True), "it would quantize nothing"),
     ({"mp_size": 2}, "for inference"),
     # What DeepSpeed has removed.
     *(({key: {"enabled": True}}, f"'{key}' is refused: DeepSpeed says") for key in REMOVED),
