@@ -1,8 +1,8 @@
 """What goes together with what: asked of the rules that refuse a recipe or a ds_config.
 
-An axis is one dimension of a training with its values. To add one, add an entry to :data:`ALL_AXES`:
-the page, its test and the runs of ``tests/integration/distributed/test_parallel_pairs.py`` take
-their values from here. An axis whose field a recipe does not have is left out.
+An axis is one dimension of a training with its values. To add one, add an entry to
+:data:`ALL_AXES`: the page, its test and ``tests/integration/distributed/test_parallel_pairs.py``
+take their values from here. An axis whose field a recipe does not have is left out.
 """
 
 from __future__ import annotations

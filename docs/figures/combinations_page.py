@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from combinations import AXES, Choice, recipe_of, refusal
+from combinations import AXES, WORLD_SIZE, Choice, recipe_of, refusal
 
 from pretrain.core.errors import ConfigError
 from pretrain.core.files import JsonObject
@@ -142,3 +142,65 @@ def policy_table(policies: Iterable[Policy], reasons: Reasons) -> list[str]:
         for policy in policies
     ]
     return table(["setting", *kinds, "what was run"], rows)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+# What a run showed is on 2 ranks with gloo unless it says more; "not run" is said as well.
+POLICIES = (
+    Policy("overlap_comm: true", "equal bits", {"overlap_comm": True}),
+    Policy("contiguous_gradients: false", "", {"contiguous_gradients": False}),
+    Policy("reduce_scatter: false", "", {"reduce_scatter": False}),
+    Policy("zero_hpz_partition_size: 2", "", {"zero_hpz_partition_size": 2}),
+    Policy("mics_shard_size: 2", "", {"mics_shard_size": 2}),
+    Policy("mics_hierarchical_params_gather: true", "", {"mics_hierarchical_params_gather": True}),
+    Policy("zero_quantized_weights: true", "", {"zero_quantized_weights": True}),
+    Policy("zero_quantized_gradients: true", "", {"zero_quantized_gradients": True}),
+    Policy(
+        "zero_quantized_nontrainable_weights: true",
+        "",
+        {"zero_quantized_nontrainable_weights": True},
+    ),
+    Policy("offload_optimizer.device: cpu", "", {"offload_optimizer": {"device": "cpu"}}),
+    Policy("offload_param.device: cpu", "", {"offload_param": {"device": "cpu"}}),
+    Policy("zenflow", "", {"zenflow": {"topk_ratio": 0.1}}),
+    Policy("communication_data_type: bf16", "", sections={"communication_data_type": "bf16"}),
+    Policy("sequence_parallel_size: 2", "", sections={"sequence_parallel_size": 2}),
+    Policy("data_parallel_size: 2", "", sections={"data_parallel_size": 2}),
+    Policy("tensor_parallel.autotp_size: 2", "", sections={"tensor_parallel": {"autotp_size": 2}}),
+    Policy("expert_parallel.enabled: true", "", sections={"expert_parallel": {"enabled": True}}),
+    Policy("pipeline.stages: 2", "", sections={"pipeline": {"stages": 2}}),
+)
+
+HEAD = f"""\
+# What goes together
+
+The tables are made by asking the rules that refuse a recipe or a ds_config before anything starts,
+by `python docs/figures/make_figures.py`; a test fails if they differ. What they allow is trained:
+rows in which every allowed pair of the first table is at least once run on {WORLD_SIZE} ranks.
+In fp32 losses and gradient norms are those of one rank to 1e-6, in bf16 the mean loss is fp32's to
+1e-3 (`tests/integration/distributed/test_parallel_pairs.py`: rows that have every value in `make test`,
+all in `make test-full`). fp16 and fp8 need a GPU and are not run.
+
+## Recipes
+
+On {WORLD_SIZE} ranks: each value in a row, each axis in a column, all others at their first value.
+A number in brackets is a reason below. The number of ranks must be a multiple of `ep_size`.
+"""
+MIDDLE = """\
+## ds_configs
+
+The ZeRO stages at which a setting is allowed with each kind of MoE layer; "GPU" if not on a CPU. A
+stage at which it would have no effect is refused too, without a number. Runs are of 2 ranks with
+gloo if nothing else is said. All keys: [ds_configs](ds_configs.md).
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    pairs, policies = Reasons(), Reasons()
+    recipes = pair_table(pairs)
+    settings = policy_table(POLICIES, policies)
+    return "\n".join(
+        [HEAD, *recipes, "", *pairs.lines(), "", MIDDLE, *settings, "", *policies.lines(), ""]
+    )
