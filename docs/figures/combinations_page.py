@@ -148,28 +148,70 @@ def policy_table(policies: Iterable[Policy], reasons: Reasons) -> list[str]:
 
 # What a run showed is on 2 ranks with gloo unless it says more; "not run" is said as well.
 POLICIES = (
-    Policy("overlap_comm: true", "equal bits", {"overlap_comm": True}),
-    Policy("contiguous_gradients: false", "", {"contiguous_gradients": False}),
-    Policy("reduce_scatter: false", "", {"reduce_scatter": False}),
-    Policy("zero_hpz_partition_size: 2", "", {"zero_hpz_partition_size": 2}),
-    Policy("mics_shard_size: 2", "", {"mics_shard_size": 2}),
-    Policy("mics_hierarchical_params_gather: true", "", {"mics_hierarchical_params_gather": True}),
-    Policy("zero_quantized_weights: true", "", {"zero_quantized_weights": True}),
-    Policy("zero_quantized_gradients: true", "", {"zero_quantized_gradients": True}),
+    Policy("overlap_comm: true", "`dropless`, each stage: equal bits", {"overlap_comm": True}),
+    Policy(
+        "contiguous_gradients: false",
+        "`dropless` at 1, `peer` at 2: equal losses; `dropless` at 2: DeepSpeed's assertion",
+        {"contiguous_gradients": False},
+    ),
+    Policy(
+        "reduce_scatter: false",
+        "`peer` at 1: equal losses; `dropless` at 1: DeepSpeed's assertion",
+        {"reduce_scatter": False},
+    ),
+    Policy(
+        "zero_hpz_partition_size: 2",
+        "`peer` and dense, 2 and 4 ranks: equal losses; `dropless`: DeepSpeed's assertion",
+        {"zero_hpz_partition_size": 2},
+    ),
+    Policy("mics_shard_size: 2", "DeepSpeed's error", {"mics_shard_size": 2}),
+    Policy(
+        "mics_hierarchical_params_gather: true",
+        "not run",
+        {"mics_hierarchical_params_gather": True},
+    ),
+    Policy("zero_quantized_weights: true", "QUANTIZED", {"zero_quantized_weights": True}),
+    Policy(
+        "zero_quantized_gradients: true",
+        "`dropless`: DeepSpeed's assertion; others: no kernels on a CPU, not run on a GPU",
+        {"zero_quantized_gradients": True},
+    ),
     Policy(
         "zero_quantized_nontrainable_weights: true",
-        "",
+        "`dropless`, kernels replaced by PyTorch's operators: equal losses",
         {"zero_quantized_nontrainable_weights": True},
     ),
-    Policy("offload_optimizer.device: cpu", "", {"offload_optimizer": {"device": "cpu"}}),
-    Policy("offload_param.device: cpu", "", {"offload_param": {"device": "cpu"}}),
-    Policy("zenflow", "", {"zenflow": {"topk_ratio": 0.1}}),
-    Policy("communication_data_type: bf16", "", sections={"communication_data_type": "bf16"}),
-    Policy("sequence_parallel_size: 2", "", sections={"sequence_parallel_size": 2}),
-    Policy("data_parallel_size: 2", "", sections={"data_parallel_size": 2}),
-    Policy("tensor_parallel.autotp_size: 2", "", sections={"tensor_parallel": {"autotp_size": 2}}),
-    Policy("expert_parallel.enabled: true", "", sections={"expert_parallel": {"enabled": True}}),
-    Policy("pipeline.stages: 2", "", sections={"pipeline": {"stages": 2}}),
+    Policy("zenflow", "not run", {"zenflow": {"topk_ratio": 0.1}}),
+    Policy(
+        "communication_data_type: bf16",
+        "`dropless` in fp32, each stage: gradient norms differ by up to 7e-5",
+        sections={"communication_data_type": "bf16"},
+    ),
+    Policy(
+        "sequence_parallel_size: 2",
+        "DeepSpeed counts half the ranks: its error about batch sizes",
+        sections={"sequence_parallel_size": 2},
+    ),
+    Policy(
+        "data_parallel_size: 2",
+        "read with `sequence_parallel_size` only",
+        sections={"data_parallel_size": 2},
+    ),
+    Policy(
+        "tensor_parallel.autotp_size: 2",
+        "DeepSpeed's assertion: the ranks have different tokens",
+        sections={"tensor_parallel": {"autotp_size": 2}},
+    ),
+    Policy(
+        "expert_parallel.enabled: true",
+        "`dropless`: equal losses, it finds no layer to replace",
+        sections={"expert_parallel": {"enabled": True}},
+    ),
+    Policy(
+        "pipeline.stages: 2",
+        "[pipeline parallelism](pipeline_parallelism.md)",
+        sections={"pipeline": {"stages": 2}},
+    ),
 )
 
 HEAD = f"""\
@@ -179,8 +221,8 @@ The tables are made by asking the rules that refuse a recipe or a ds_config befo
 by `python docs/figures/make_figures.py`; a test fails if they differ. What they allow is trained:
 rows in which every allowed pair of the first table is at least once run on {WORLD_SIZE} ranks.
 In fp32 losses and gradient norms are those of one rank to 1e-6, in bf16 the mean loss is fp32's to
-1e-3 (`tests/integration/distributed/test_parallel_pairs.py`: rows that have every value in `make test`,
-all in `make test-full`). fp16 and fp8 need a GPU and are not run.
+1e-3. `tests/integration/distributed/test_parallel_pairs.py` runs rows with every value in
+`make test`, all in `make test-full`. fp16 and fp8 need a GPU and are not run.
 
 ## Recipes
 

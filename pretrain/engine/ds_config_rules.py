@@ -86,19 +86,26 @@ def _ignored(key: str, value: Any, stage: int) -> str | None:
 
 def _moe_problems(zero: JsonObject, stage: int, recipe: Recipe) -> Iterator[str]:
     """Yield what DeepSpeed refuses in a model with experts: its own assertions."""
-    if not recipe.model.moe_layers:
+    moe = recipe.model.moe
+    if moe is None or not recipe.model.moe_layers:
+        return
+    if stage == 3 and zero.get("zero_quantized_gradients") is True:
+        yield (
+            "zero_quantized_gradients' does not go with a mixture of experts: leave it out, or use "
+            "'communication_data_type' for smaller gradients"
+        )
+    # Tables are no experts of DeepSpeed's: it sees a dense model.
+    if moe.has_tables:
         return
     if stage in (1, 2) and zero.get("reduce_scatter") is False:
         yield "reduce_scatter' must stay true for a mixture of experts: leave it out"
     if stage == 2 and zero.get("contiguous_gradients") is False:
         yield "contiguous_gradients' must stay true for a mixture of experts: leave it out"
-    if stage == 3 and zero.get("zero_quantized_gradients") is True:
-        yield "zero_quantized_gradients' does not go with a mixture of experts: leave it out"
     partition = zero.get("zero_hpz_partition_size", 1)
     if stage == 3 and partition != AUTO and partition > 1:
         yield (
             f"zero_hpz_partition_size' is {partition}: DeepSpeed has no secondary partition for a "
-            "mixture of experts; leave it out"
+            "mixture of experts; leave it out, or use ZeRO stage 2 with parallel.ep_size"
         )
 
 

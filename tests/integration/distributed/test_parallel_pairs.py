@@ -6,6 +6,7 @@ shows. Rows that have every value once run always, all rows with ``-m full``.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,10 @@ def rows() -> tuple[Row, ...]:
 
 @cache
 def sample() -> tuple[Row, ...]:
-    return spanning_rows(VALUES, rows())
+    """Rows with every value, and two more of those that are compared exactly."""
+    spanning = spanning_rows(VALUES, rows())
+    exact = [row for row in rows() if ("precision", "fp32") in row and row not in spanning]
+    return (*spanning, *random.Random(0).sample(exact, min(2, len(exact))))
 
 
 def name_of(row: Row) -> str:
