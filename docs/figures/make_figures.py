@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Draw the documentation's pictures and the page that is made of docstrings.
+"""Draw the documentation's pictures and the pages that are made of code.
 
 ``quickstart_loss.svg`` shows a real run: its points are in ``quickstart_run.json``, which
 ``--run runs/quickstart`` takes from the files of a finished quickstart. ``flow.svg`` shows the way
 from a corpus to an export. ``../deepspeed_workarounds.md`` repeats the heads of the files in
-``pretrain/engine/workarounds/``. Without ``--run`` all three are made of files in this checkout.
+``pretrain/engine/workarounds/``, ``../combinations.md`` asks the rules about recipes and
+ds_configs. Without ``--run`` all are made of files in this checkout.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LOSS_PICTURE = FIGURES / "quickstart_loss.svg"
 FLOW_PICTURE = FIGURES / "flow.svg"
 WORKAROUNDS = ROOT / "pretrain" / "engine" / "workarounds"
 WORKAROUNDS_PAGE = ROOT / "docs" / "deepspeed_workarounds.md"
+COMBINATIONS_PAGE = ROOT / "docs" / "combinations.md"
 PAGE_WIDTH = 160
 ENTRIES = ("Fact", "Versions", "Upstream", "Effect", "Test")
 
@@ -239,6 +241,14 @@ def _entries(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.replace("``", "`").split()) for name, text in found}
 
 
+def combinations_page() -> str:
+    """The page of what goes together."""
+    # Imports DeepSpeed, which takes seconds.
+    from combinations_page import page
+
+    return page()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -250,6 +260,7 @@ def main() -> None:
         RUN_POINTS.write_text(points + "\n", encoding="utf-8")
     FLOW_PICTURE.write_text(flow_svg(), encoding="utf-8")
     WORKAROUNDS_PAGE.write_text(workarounds_page(), encoding="utf-8")
+    COMBINATIONS_PAGE.write_text(combinations_page(), encoding="utf-8")
     draw_loss(stored_points(), LOSS_PICTURE)
 
 

@@ -225,6 +225,10 @@ REFUSED = {
     "fp16.fp16_master_weights_and_grads": (
         "it needs DeepSpeed's own CPU Adam; the optimizer is the recipe's"
     ),
+    "zero_optimization.zero_quantized_nontrainable_weights": (
+        "no weight is frozen when DeepSpeed partitions them, because phases freeze by gradients of "
+        "zero, so it would quantize nothing: leave it out"
+    ),
     "zero_optimization.zenflow": "it needs DeepSpeed's own Adam; the optimizer is the recipe's",
     "zero_optimization.save_muon_momentum_buffer_in_memory": (
         "it is for DeepSpeed's own Muon; the optimizer is the recipe's"
@@ -269,7 +273,6 @@ STAGES: dict[str, frozenset[int]] = {
     "allgather_sequential": _THREE,
     "zero_hpz_partition_size": _THREE,
     "zero_quantized_weights": _THREE,
-    "zero_quantized_nontrainable_weights": _THREE,
     "zero_quantized_gradients": _THREE,
     "memory_efficient_linear": _THREE,
     "pipeline_loading_checkpoint": _THREE,
@@ -281,6 +284,7 @@ STAGES: dict[str, frozenset[int]] = {
 ELSEWHERE = {
     "moe": "experts are the recipe's model.moe",
     "mp_size": "it is for inference: there is no tensor parallelism here",
+    "data_parallel_size": "it follows from the number of ranks: leave it out",
     "tp_size": "there is no tensor parallelism here: use ZeRO 3 or parallel.ep_size",
     "ep_size": "expert parallelism is the recipe's parallel.ep_size",
     "seed": "the seed is the recipe's",

@@ -18,29 +18,29 @@ from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.ds_config_keys import STAGES
 
 # ZeRO++: the weights are quantized by kernels.
-NEED_KERNELS = (
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-)
+NEED_KERNELS = ("zero_quantized_weights", "zero_quantized_gradients")
 
 
-def check_combination(ds_config: JsonObject, origin: str, recipe: Recipe) -> None:
+def check_combination(
+    ds_config: JsonObject, origin: str, recipe: Recipe, device_type: str | None = None
+) -> None:
     """Refuse what DeepSpeed would ignore at this stage, or cannot do with this recipe.
 
     Args:
         ds_config: whose keys were checked one by one.
         origin: of the ds_config, for error sentences.
+        device_type: ``cpu`` or ``cuda``; this machine's by default.
 
     Raises:
         ConfigError: with the reason.
     """
     zero = ds_config.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))
+    device_type = device_type or get_accelerator().device_name()
     for key, value in zero.items():
         if (problem := _ignored(key, value, stage)) is not None:
             raise ConfigError(f"{origin}: {problem}")
-        if key in NEED_KERNELS and value is True and get_accelerator().device_name() == "cpu":
+        if key in NEED_KERNELS and value is True and device_type == "cpu":
             raise ConfigError(
                 f"{origin}: 'zero_optimization.{key}' needs kernels that DeepSpeed does not have "
                 "for a CPU: leave it out"
@@ -86,19 +86,26 @@ def _ignored(key: str, value: Any, stage: int) -> str | None:
 
 def _moe_problems(zero: JsonObject, stage: int, recipe: Recipe) -> Iterator[str]:
     """Yield what DeepSpeed refuses in a model with experts: its own assertions."""
-    if not recipe.model.moe_layers:
+    moe = recipe.model.moe
+    if moe is None or not recipe.model.moe_layers:
+        return
+    if stage == 3 and zero.get("zero_quantized_gradients") is True:
+        yield (
+            "zero_quantized_gradients' does not go with a mixture of experts: leave it out, or use "
+            "'communication_data_type' for smaller gradients"
+        )
+    # Tables are no experts of DeepSpeed's: it sees a dense model.
+    if moe.has_tables:
         return
     if stage in (1, 2) and zero.get("reduce_scatter") is False:
         yield "reduce_scatter' must stay true for a mixture of experts: leave it out"
     if stage == 2 and zero.get("contiguous_gradients") is False:
         yield "contiguous_gradients' must stay true for a mixture of experts: leave it out"
-    if stage == 3 and zero.get("zero_quantized_gradients") is True:
-        yield "zero_quantized_gradients' does not go with a mixture of experts: leave it out"
     partition = zero.get("zero_hpz_partition_size", 1)
     if stage == 3 and partition != AUTO and partition > 1:
         yield (
             f"zero_hpz_partition_size' is {partition}: DeepSpeed has no secondary partition for a "
-            "mixture of experts; leave it out"
+            "mixture of experts; leave it out, or use ZeRO stage 2 with parallel.ep_size"
         )
 
 

@@ -10,11 +10,16 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from allpairspy import AllPairs
-
 from pretrain.config.load import apply_override, load_recipe, read_recipe_file, validate_recipe
 from pretrain.config.rules.sections import check_topology
 from pretrain.core.errors import ConfigError
+from tests.support.covering_rows import (
+    Choice,
+    Row,
+    covering_rows,
+    ordered,
+    spanning_rows,
+)
 from tests.support.model_kinds import FAMILIES, KINDS, OPTIONS
 
 WORLD_SIZE = 2
@@ -62,8 +67,6 @@ SETTINGS: dict[str, Values] = {
     "ep_size": {"1": [], "2": ["parallel.ep_size=2"]},
     "zero": {"1": [], "0": [], "2": [], "3": []},  # in the ds_config, not in the recipe
 }
-Choice = tuple[str, str]  # a parameter and one of its values
-Row = tuple[Choice, ...]
 
 
 def parameters() -> dict[str, Values]:
@@ -102,6 +105,7 @@ def parameters() -> dict[str, Values]:
 
 PARAMETERS = parameters()
 OWN = {name: next(iter(values)) for name, values in PARAMETERS.items()}
+VALUES = {name: list(values) for name, values in PARAMETERS.items()}
 
 
 def chosen_overrides(row: Row) -> list[str]:
@@ -140,10 +144,6 @@ def refusal(row: Row) -> str | None:
     return None
 
 
-def pairs_of(row: Row) -> set[Row]:
-    return set(itertools.combinations(row, 2))
-
-
 def about_experts(choice: Choice) -> bool:
     overrides = PARAMETERS[choice[0]][choice[1]]
     return bool(overrides) and all(override.startswith("model.moe") for override in overrides)
@@ -171,65 +171,20 @@ def allowed_pairs() -> frozenset[Row]:
     return frozenset(pair for pair in possible_pairs() if refusal(pair) is None)
 
 
-def fits(prefix: list[Choice]) -> bool:
-    """Whether the last choice goes with all before it; a whole row is seen by the rules as well."""
-    last = prefix[-1]
-    if any(
-        (choice, last) not in allowed_pairs() and (last, choice) not in allowed_pairs()
-        for choice in prefix[:-1]
-    ):
-        return False
-    return len(prefix) < len(PARAMETERS) or refusal(in_order(prefix)) is None
-
-
 def in_order(choices: Iterable[Choice]) -> Row:
-    return tuple(sorted(choices, key=lambda choice: list(PARAMETERS).index(choice[0])))
+    return ordered(VALUES, choices)
 
 
 @cache
 def rows() -> tuple[Row, ...]:
-    """Rows that hold every allowed pair.
-
-    The search, largest parameters first, ends at its first row without a new pair and leaves a few
-    out: as many of these as go together are laid over the recipe's own values.
-    """
-    names = sorted(PARAMETERS, key=lambda name: -len(PARAMETERS[name]))
-    choices = [[(name, value) for value in PARAMETERS[name]] for name in names]
-    found = [in_order(row) for row in AllPairs(choices, filter_func=fits)]
-    missing = sorted(allowed_pairs() - set().union(*map(pairs_of, found)))
-    while missing:
-        laid: dict[str, str] = {}
-        for pair in missing:
-            row = in_order((OWN | laid | dict(pair)).items())
-            if (
-                all(laid.get(name, value) == value for name, value in pair)
-                and pairs_of(row) <= allowed_pairs()
-                and refusal(row) is None
-            ):
-                laid |= dict(pair)
-        assert laid, missing
-        found.append(in_order((OWN | laid).items()))
-        missing = [pair for pair in missing if pair not in pairs_of(found[-1])]
-    return tuple(found)
+    """Rows that hold every allowed pair."""
+    return covering_rows(VALUES, allowed_pairs(), refusal)
 
 
 @cache
 def sample() -> tuple[Row, ...]:
-    """The fewest rows found that have every value: each has the most values of no earlier one, then
-    the most new pairs.
-    """
-    chosen: list[Row] = []
-    missing = {(name, value) for name, values in PARAMETERS.items() for value in values}
-    pairs: set[Row] = set()
-    while missing:
-        best = max(
-            (row for row in rows() if row not in chosen),
-            key=lambda row: (len(missing & {*row}), len(pairs_of(row) - pairs)),
-        )
-        chosen.append(best)
-        missing -= set(best)
-        pairs |= pairs_of(best)
-    return tuple(chosen)
+    """The fewest rows found that have every value."""
+    return spanning_rows(VALUES, rows())
 
 
 def name_of(row: Row) -> str:

@@ -447,6 +447,12 @@ def test_the_facts_about_deepspeed_are_on_their_page() -> None:
     assert page == figures.workarounds_page(), "run python docs/figures/make_figures.py"
 
 
+def test_what_goes_together_is_what_the_rules_say() -> None:
+    figures = load_figures()
+    page = figures.COMBINATIONS_PAGE.read_text("utf-8")
+    assert page == figures.combinations_page(), "run python docs/figures/make_figures.py"
+
+
 def test_the_pictures_are_those_of_the_script() -> None:
     figures = load_figures()
     assert figures.FLOW_PICTURE.read_text("utf-8") == figures.flow_svg()

@@ -178,6 +178,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint": {"writer": {"type": "FAST"}}}, "do nothing"),
     ({"checkpoint": {"use_node_local_storage": True}}, "one folder"),
     ({"moe": {"enabled": True}}, "model.moe"),
+    ({"data_parallel_size": 2}, "follows from the number of ranks"),
+    (zero(3, zero_quantized_nontrainable_weights=True), "it would quantize nothing"),
     ({"mp_size": 2}, "for inference"),
     # What DeepSpeed has removed.
     *(({key: {"enabled": True}}, f"'{key}' is refused: DeepSpeed says") for key in REMOVED),
@@ -226,10 +228,16 @@ def test_experts_do_not_go_with_quantized_gradients_on_a_gpu(
     resolve(zero(3, zero_quantized_weights=True), recipe)
 
 
-def test_a_dense_model_may_have_a_secondary_partition() -> None:
-    """With 2 ranks the losses were those of the same training without it."""
-    dense = ["model.moe=null", "model.layer_pattern.kind=all_dense", "model.intermediate_size=64"]
-    recipe = load_recipe("debug", dense)
+DENSE = ["model.moe=null", "model.layer_pattern.kind=all_dense", "model.intermediate_size=64"]
+TABLES = ["model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}"]
+
+
+@pytest.mark.parametrize("overrides", [DENSE, TABLES], ids=["dense", "peer"])
+def test_a_model_without_deepspeed_s_experts_may_have_a_secondary_partition(
+    overrides: list[str],
+) -> None:
+    """``test_zero_settings.py`` trains with them."""
+    recipe = load_recipe("debug", overrides)
     for ds_config in (
         zero(3, zero_hpz_partition_size=2),
         zero(1, reduce_scatter=False),
