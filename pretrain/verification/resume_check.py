@@ -158,6 +158,7 @@ class Proof:
             sides[name] = {
                 "world_size": place.world_size,
                 "ep_size": place.ep_size,
+                "sp_size": place.sp_size,
                 "zero_stage": place.zero_stage,
                 "data": seen.data,
                 "seconds": seen.seconds,
@@ -214,7 +215,10 @@ def own_layout(checkpoint: Path) -> Layout:
         raise CheckpointError(
             f"{checkpoint} does not say at which topology it was saved: choose one of a training"
         )
-    return Layout(state["world_size"], state["ep_size"], state["zero_stage"])
+    # Checkpoints of older versions have no sp_size: then no ranks shared a sequence.
+    return Layout(
+        state["world_size"], state["ep_size"], state["zero_stage"], state.get("sp_size", 1)
+    )
 
 
 def reference_layout(
@@ -224,7 +228,7 @@ def reference_layout(
 
     Args:
         own: of the checkpoint.
-        recipe: with the overrides, at the checkpoint's ``ep_size``.
+        recipe: with the overrides, at the checkpoint's ``ep_size`` and ``sp_size``.
         devices: that ranks can have for themselves.
     """
     single = Layout(1, 1, own.zero_stage)
