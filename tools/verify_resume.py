@@ -51,7 +51,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--ep-size", type=int, metavar="N", help="ranks that share the experts (default: as saved)"
     )
     parser.add_argument(
-        "--sp-size", type=int, metavar="N", help="ranks that share each sequence (default: as saved)"
+        "--sp-size",
+        type=int,
+        metavar="N",
+        help="ranks that share each sequence (default: as saved)",
     )
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument("--zero", type=int, choices=range(4), help="ZeRO stage (default: as saved)")

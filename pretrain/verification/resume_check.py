@@ -40,12 +40,20 @@ class Tolerance:
     reason: str
 
 
-def tolerance_of(recipe: Recipe) -> Tolerance:
-    """Return what rounding explains in steps of a recipe, whose precision is resolved."""
+def tolerance_of(recipe: Recipe, other_parts: bool = False) -> Tolerance:
+    """Return what rounding explains in steps of a recipe, whose precision is resolved.
+
+    Args:
+        other_parts: the two topologies have other parts of each sequence on a rank.
+    """
     train, kind = recipe.train, recipe.optimizer.kind
     routing = recipe.model.routing
     if routing is not None and (routing.draws_experts or routing.router.learned_noise):
         return Tolerance(RANDOM_TOLERANCE, "experts are drawn at random, other ones on other ranks")
+    if other_parts and routing is not None and routing.router.jitter:
+        return Tolerance(RANDOM_TOLERANCE, "router jitter is another one at another sp_size")
+    if other_parts and routing is not None and routing.drops_tokens:
+        return Tolerance(RANDOM_TOLERANCE, "full experts drop other tokens at another sp_size")
     value = FP32_TOLERANCE.get(kind, OTHER_OPTIMIZER)
     reason = f"{train.precision}, {kind}"
     if train.precision != "fp32":
@@ -304,7 +312,7 @@ def prove(request: Request, scratch: Path) -> Proof:
         shutil.rmtree(side)
     first, second = observed
     step = layout.read_state(folder)["step"]
-    tolerance = tolerance_of(recipe)
+    tolerance = tolerance_of(recipe, request.asked.sp_size != reference.sp_size)
     if request.tolerance is not None:
         tolerance = Tolerance(request.tolerance, "as asked for")
     return Proof(

@@ -102,6 +102,8 @@ def why_not(engine: Engine) -> str:
         routing.draws_experts or routing.router.learned_noise or routing.router.jitter
     ):
         return "the router draws other values on other ranks"
+    if engine.topology.sp_size > 1 and routing is not None and routing.drops_tokens:
+        return "full experts drop tokens by those of a rank, which has a part of each sequence"
     return engine.topology.all_gather(_why_not_here(engine) if engine.topology.is_main else "")[0]
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pretrain.config.recipe import Recipe, TrainConfig
+from pretrain.config.recipe import Recipe
 from pretrain.config.rules.exchange import exchange_fits
-from pretrain.config.rules.sequence import sequence_is_shared_evenly
 from pretrain.config.rules.phases import PHASE_RULES, phase_warnings, phases_fill_the_run
 from pretrain.config.rules.routers import router_warnings
+from pretrain.config.rules.sequence import sequence_is_shared_evenly
 from pretrain.config.rules.widths import base_fits_the_model, mup_knows_the_parts
 from pretrain.config.timeline import (
     Timeline,

@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from pretrain.model.attention.config import MultiHeadLatentAttentionConfig
 from pretrain.model.attention import split_heads
+from pretrain.model.attention.config import MultiHeadLatentAttentionConfig
 from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.kernels.config import kernel_section
 from pretrain.model.attention.mask import AttentionMask
