@@ -72,6 +72,7 @@ class Analysis(TypedDict):
     number_formats: list[dict[str, Any]]
     world_size: int
     ep_size: int
+    sp_size: int
     optimizer: str
     memory: MemoryByLayout
     activation_bytes_per_rank: int
@@ -88,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
         "--world-size",
         type=int,
         metavar="N",
-        help="ranks that the memory is planned for (default: the recipe's ep_size)",
+        help="ranks that the memory is planned for (default: the fewest that parallel needs)",
     )
     parser.add_argument(
         "--plot",
@@ -186,9 +187,12 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
         "number_formats": [asdict(part) for part in part_precisions(model, precision)],
         "world_size": world_size,
         "ep_size": recipe.parallel.ep_size,
+        "sp_size": recipe.parallel.sp_size,
         "optimizer": recipe.optimizer.kind,
         "memory": memory_by_layout(size, model, precision, world_size, recipe.optimizer),
-        "activation_bytes_per_rank": activation_bytes(model, train, precision),
+        "activation_bytes_per_rank": activation_bytes(
+            model, train, precision, recipe.parallel.sp_size
+        ),
         "kv_cache_bytes_per_token": cache_bytes(model, 1, CACHE_WIDTH),
         "max_position_embeddings": context,
         "kv_cache_bytes_full_context": cache_bytes(model, context, CACHE_WIDTH),
@@ -329,7 +333,7 @@ def main() -> None:
     arguments = parse_arguments()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     world_size = (
-        arguments.world_size if arguments.world_size is not None else recipe.parallel.ep_size
+        arguments.world_size if arguments.world_size is not None else recipe.parallel.fewest_ranks
     )
     check_world_size(world_size)
     result = analyze(recipe, world_size)

@@ -30,6 +30,7 @@ EXAMPLES = """\
   python tools/verify_resume.py runs/quickstart/checkpoints/latest --world-size 2 --ep-size 2
   python tools/verify_resume.py runs/quickstart/checkpoints/step_300 --world-size 4 --ep-size 2 \\
       --zero 2 --steps 3 --json -
+  python tools/verify_resume.py runs/quickstart/checkpoints/latest --world-size 2 --sp-size 2
   python tools/verify_resume.py runs/quickstart/checkpoints/latest --world-size 1 \\
       --ds_config zero1_offload --set train.micro_batch_size=2
   python tools/verify_resume.py --ledger runs/quickstart
@@ -48,6 +49,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks (default: as saved)")
     parser.add_argument(
         "--ep-size", type=int, metavar="N", help="ranks that share the experts (default: as saved)"
+    )
+    parser.add_argument(
+        "--sp-size",
+        type=int,
+        metavar="N",
+        help="ranks that share each sequence (default: as saved)",
     )
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument("--zero", type=int, choices=range(4), help="ZeRO stage (default: as saved)")
@@ -95,7 +102,7 @@ def request_of(options: argparse.Namespace) -> Request:
         raise ConfigError(f"--steps is {options.steps}: give 0 or more")
     checkpoint = resolve_checkpoint(options.checkpoint)
     own = own_layout(checkpoint)
-    for option in ("world_size", "ep_size"):
+    for option in ("world_size", "ep_size", "sp_size"):
         if (value := getattr(options, option)) is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
     zero_stage = own.zero_stage if options.zero is None else options.zero
@@ -107,6 +114,7 @@ def request_of(options: argparse.Namespace) -> Request:
         own.world_size if options.world_size is None else options.world_size,
         own.ep_size if options.ep_size is None else options.ep_size,
         zero_stage,
+        own.sp_size if options.sp_size is None else options.sp_size,
     )
     return Request(
         checkpoint=checkpoint,

@@ -30,6 +30,7 @@ STATE_FIELDS = (
     "validation_loss",
     "world_size",
     "ep_size",
+    "sp_size",
     "zero_stage",
     "tokenizer_sha256",
     "phase",

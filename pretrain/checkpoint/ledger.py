@@ -57,6 +57,7 @@ class SegmentFacts(TypedDict):
     recipe: str
     world_size: int
     ep_size: int
+    sp_size: int
     zero_stage: int
 
 

@@ -136,6 +136,7 @@ class SavedState(_Saved):
     tokenizer_sha256: str | None = None
     world_size: Count = 1
     ep_size: Count = 1
+    sp_size: Count = 1
     zero_stage: Count = 0
     parameters: SavedCounts = SavedCounts(total=0, active=0)
     sources: dict[str, SavedSource] = {}

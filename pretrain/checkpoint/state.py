@@ -22,6 +22,7 @@ class Fingerprint(TypedDict):
     tokenizer_sha256: str
     world_size: int
     ep_size: int
+    sp_size: int
     zero_stage: int
 
 
@@ -109,6 +110,7 @@ class CheckpointState(TypedDict):
     tokenizer_sha256: NotRequired[str | None]
     world_size: NotRequired[int]
     ep_size: NotRequired[int]
+    sp_size: NotRequired[int]
     zero_stage: NotRequired[int]
     # Of the card's facts.
     parameters: NotRequired[ParameterCounts]

@@ -47,11 +47,13 @@ class Segment:
         facts, code = self.facts, self.facts["code"]
         commit = f", commit {code['commit'][:SHORT]}" if code.get("commit") else ""
         commit += " with changes" if code.get("dirty") else ""
+        # Records of older versions do not have it.
+        shared = f", sp_size {size}" if (size := facts.get("sp_size", 1)) > 1 else ""
         back = "".join(f", went back to step {step}" for step in self.rollbacks)
         return (
             f"segment {self.number}: steps {self.first_step} to {self.last_step}, "
             f"{self.checkpoints} checkpoints{back}; {facts['world_size']} ranks, ep_size "
-            f"{facts['ep_size']}, ZeRO {facts['zero_stage']}; code {code['version']}{commit}, "
+            f"{facts['ep_size']}{shared}, ZeRO {facts['zero_stage']}; code {code['version']}{commit}, "
             f"sources {code['sources'][:SHORT]}; data {facts['data'][:SHORT]}; "
             f"recipe {facts['recipe'][:SHORT]}"
         )

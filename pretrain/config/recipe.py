@@ -7,6 +7,7 @@ used wherever it has one.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -180,6 +181,11 @@ class ParallelConfig(Section):
             "lost: all ranks end with exit code 7; validation and saving may take longer"
         ),
     )
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest number of ranks that a run can have."""
+        return math.lcm(self.ep_size, self.sp_size)
 
 
 class CheckpointConfig(Section):

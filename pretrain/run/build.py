@@ -345,6 +345,7 @@ def _fingerprint(resolved: ResolvedRun, zero_stage: int) -> Fingerprint:
         "tokenizer_sha256": resolved.datasets.tokenizer.sha256,
         "world_size": resolved.topology.world_size,
         "ep_size": resolved.topology.ep_size,
+        "sp_size": resolved.topology.sp_size,
         "zero_stage": zero_stage,
     }
 

@@ -42,7 +42,7 @@ def plan_run(options: argparse.Namespace, recipe: Recipe, ds_config: JsonObject)
     """
     world_size = options.world_size
     if world_size is None:
-        world_size = max(world_size_from_environment(os.environ), recipe.parallel.ep_size)
+        world_size = max(world_size_from_environment(os.environ), recipe.parallel.fewest_ranks)
     check_world_size(world_size)
     zero_stage = zero_stage_of(ds_config, options.ds_config)
     datasets = _datasets_if_built(recipe)

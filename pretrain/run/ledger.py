@@ -77,6 +77,7 @@ def open_ledger(trainer: Trainer, resolved: ResolvedRun, continued: Path | None)
         "recipe": hashlib.sha256(recipe_to_yaml(resolved.recipe).encode()).hexdigest(),
         "world_size": topology.world_size,
         "ep_size": topology.ep_size,
+        "sp_size": topology.sp_size,
         "zero_stage": trainer.engine.zero_stage,
     }
     ledger = Ledger(resolved.folder)

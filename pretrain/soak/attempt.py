@@ -28,11 +28,12 @@ SCRIPT = "pretrain.py"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread: ``ranks=2,ep_size=2,zero=1``; what is not named is the recipe's."""
+    """How a run is spread: ``ranks=4,ep_size=2,sp_size=2,zero=1``; the rest is the recipe's."""
 
     ranks: int
     ep_size: int | None = None
     zero: int = 1
+    sp_size: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -44,9 +45,11 @@ class Layout:
         values: dict[str, int] = {}
         for part in text.split(","):
             name, equals, value = part.strip().partition("=")
-            if name not in ("ranks", "ep_size", "zero") or not equals or not value.isdecimal():
+            known = name in ("ranks", "ep_size", "sp_size", "zero")
+            if not known or not equals or not value.isdecimal():
                 raise ConfigError(
-                    f"--topologies: '{text}' is no topology: write ranks=2,ep_size=2,zero=1"
+                    f"--topologies: '{text}' is no topology: write "
+                    "ranks=4,ep_size=2,sp_size=2,zero=1"
                 )
             values[name] = int(value)
         if values.get("ranks", 0) < 1:
@@ -54,8 +57,9 @@ class Layout:
         return cls(**values)
 
     def __str__(self) -> str:
-        expert = "" if self.ep_size is None else f",ep_size={self.ep_size}"
-        return f"ranks={self.ranks}{expert},zero={self.zero}"
+        sizes = {"ep_size": self.ep_size, "sp_size": self.sp_size}
+        named = "".join(f",{name}={size}" for name, size in sizes.items() if size is not None)
+        return f"ranks={self.ranks}{named},zero={self.zero}"
 
 
 def training_command(layout: Layout, recipe: str, settings: Sequence[str]) -> list[str]:
@@ -63,6 +67,8 @@ def training_command(layout: Layout, recipe: str, settings: Sequence[str]) -> li
     overrides = list(settings)
     if layout.ep_size is not None:
         overrides.append(f"parallel.ep_size={layout.ep_size}")
+    if layout.sp_size is not None:
+        overrides.append(f"parallel.sp_size={layout.sp_size}")
     launcher = [sys.executable]
     if layout.ranks > 1:
         ranks = str(layout.ranks)

@@ -23,15 +23,18 @@ class Layout:
 
     Attributes:
         zero_stage: of ZeRO.
+        sp_size: ranks that share each sequence.
     """
 
     world_size: int
     ep_size: int
     zero_stage: int
+    sp_size: int = 1
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{ranks}, ep_size {self.ep_size}, ZeRO {self.zero_stage}"
+        shared = f", sp_size {self.sp_size}" if self.sp_size > 1 else ""
+        return f"{ranks}, ep_size {self.ep_size}{shared}, ZeRO {self.zero_stage}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def recipe_for(checkpoint: Path, overrides: list[str], layout: Layout) -> Recipe
         raise CheckpointError(
             f"{path} is missing or damaged: choose another step_N folder"
         ) from None
-    for override in [*overrides, f"parallel.ep_size={layout.ep_size}", "logging.tensorboard=false"]:
+    topology = [f"parallel.ep_size={layout.ep_size}", f"parallel.sp_size={layout.sp_size}"]
+    for override in [*overrides, *topology, "logging.tensorboard=false"]:
         apply_override(content, override)
     return validate_recipe(content, str(path))
 

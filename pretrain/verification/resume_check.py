@@ -40,12 +40,20 @@ class Tolerance:
     reason: str
 
 
-def tolerance_of(recipe: Recipe) -> Tolerance:
-    """Return what rounding explains in steps of a recipe, whose precision is resolved."""
+def tolerance_of(recipe: Recipe, other_parts: bool = False) -> Tolerance:
+    """Return what rounding explains in steps of a recipe, whose precision is resolved.
+
+    Args:
+        other_parts: the two topologies have other parts of each sequence on a rank.
+    """
     train, kind = recipe.train, recipe.optimizer.kind
     routing = recipe.model.routing
     if routing is not None and (routing.draws_experts or routing.router.learned_noise):
         return Tolerance(RANDOM_TOLERANCE, "experts are drawn at random, other ones on other ranks")
+    if other_parts and routing is not None and routing.router.jitter:
+        return Tolerance(RANDOM_TOLERANCE, "router jitter is another one at another sp_size")
+    if other_parts and routing is not None and routing.drops_tokens:
+        return Tolerance(RANDOM_TOLERANCE, "full experts drop other tokens at another sp_size")
     value = FP32_TOLERANCE.get(kind, OTHER_OPTIMIZER)
     reason = f"{train.precision}, {kind}"
     if train.precision != "fp32":
@@ -158,6 +166,7 @@ class Proof:
             sides[name] = {
                 "world_size": place.world_size,
                 "ep_size": place.ep_size,
+                "sp_size": place.sp_size,
                 "zero_stage": place.zero_stage,
                 "data": seen.data,
                 "seconds": seen.seconds,
@@ -214,7 +223,10 @@ def own_layout(checkpoint: Path) -> Layout:
         raise CheckpointError(
             f"{checkpoint} does not say at which topology it was saved: choose one of a training"
         )
-    return Layout(state["world_size"], state["ep_size"], state["zero_stage"])
+    # Checkpoints of older versions have no sp_size: then no ranks shared a sequence.
+    return Layout(
+        state["world_size"], state["ep_size"], state["zero_stage"], state.get("sp_size", 1)
+    )
 
 
 def reference_layout(
@@ -224,7 +236,7 @@ def reference_layout(
 
     Args:
         own: of the checkpoint.
-        recipe: with the overrides, at the checkpoint's ``ep_size``.
+        recipe: with the overrides, at the checkpoint's ``ep_size`` and ``sp_size``.
         devices: that ranks can have for themselves.
     """
     single = Layout(1, 1, own.zero_stage)
@@ -300,7 +312,7 @@ def prove(request: Request, scratch: Path) -> Proof:
         shutil.rmtree(side)
     first, second = observed
     step = layout.read_state(folder)["step"]
-    tolerance = tolerance_of(recipe)
+    tolerance = tolerance_of(recipe, request.asked.sp_size != reference.sp_size)
     if request.tolerance is not None:
         tolerance = Tolerance(request.tolerance, "as asked for")
     return Proof(

@@ -102,6 +102,8 @@ def why_not(engine: Engine) -> str:
         routing.draws_experts or routing.router.learned_noise or routing.router.jitter
     ):
         return "the router draws other values on other ranks"
+    if engine.topology.sp_size > 1 and routing is not None and routing.drops_tokens:
+        return "full experts drop tokens by those of a rank, which has a part of each sequence"
     return engine.topology.all_gather(_why_not_here(engine) if engine.topology.is_main else "")[0]
 
 
@@ -118,27 +120,30 @@ def _why_not_here(engine: Engine) -> str:
     return f"the reference on rank 0 needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
 
-def small_recipe(recipe: Recipe, world_size: int) -> Recipe:
-    """Return a recipe of one short sequence a rank and step."""
+def small_recipe(recipe: Recipe, dp_size: int) -> Recipe:
+    """Return a recipe of one step of ``dp_size`` micro batches, each of one short sequence."""
+    sp_size = recipe.parallel.sp_size
+    # A multiple of sp_size, as the recipe's own length is.
+    longest = -(-LONGEST_SEQUENCE // sp_size) * sp_size
     train = recipe.train.model_copy(
         update={
-            "sequence_length": min(recipe.train.sequence_length, LONGEST_SEQUENCE),
+            "sequence_length": min(recipe.train.sequence_length, longest),
             "micro_batch_size": 1,
-            "global_batch_size": world_size,
+            "global_batch_size": dp_size,
         }
     )
     return recipe.model_copy(update={"train": train, "phases": []})
 
 
-def small_batches(recipe: Recipe, world_size: int) -> list[Batch]:
-    """Return the batch of every rank: random tokens, the same on all ranks.
+def small_batches(recipe: Recipe) -> list[Batch]:
+    """Return the batch of every data-parallel rank: random tokens, the same on all ranks.
 
     Args:
         recipe: from :func:`small_recipe`.
     """
     assert recipe.model.vocab_size is not None
     generator = torch.Generator().manual_seed(recipe.seed)
-    shape = world_size, recipe.train.sequence_length + 1
+    shape = recipe.train.global_batch_size, recipe.train.sequence_length + 1
     tokens = torch.randint(0, recipe.model.vocab_size, shape, generator=generator)
     inputs, labels = (part.contiguous() for part in (tokens[:, :-1], tokens[:, 1:]))
     masks = recipe.data.document_mask
@@ -155,8 +160,8 @@ def observe_engine(engine: Engine, timeline: Timeline) -> Observation:
     again.
     """
     topology = engine.topology
-    small = small_recipe(engine.recipe, topology.world_size)
-    batch = small_batches(small, topology.world_size)[topology.rank]
+    small = small_recipe(engine.recipe, topology.dp_size)
+    batch = small_batches(small)[topology.dp_rank]
     experts: dict[str, float] = {}
     with _kept_state(engine):
         # Number 0 is no phase: nothing is frozen.
@@ -193,16 +198,16 @@ def observe_reference(engine: Engine, load_weights: WeightLoader | None) -> Obse
         load_weights: what the run starts from instead of random weights.
     """
     topology, recipe = engine.topology, engine.recipe
-    small = small_recipe(recipe, topology.world_size)
+    small = small_recipe(recipe, topology.dp_size)
     device = topology.device
     whole = ExpertShard(0, 1)
     state = random_state()
     model = build_model(recipe, engine.precision, whole, device, load_weights)
     restore_random_state(state)
     model = model.to(DTYPES[engine.precision]).to(device).train()
-    batches = [batch.to(device) for batch in small_batches(small, topology.world_size)]
+    batches = [batch.to(device) for batch in small_batches(small)]
     fractions_LE = _fractions(model, small, batches)
-    normalizer = float(small.train.tokens_per_step // topology.world_size)
+    normalizer = float(small.train.tokens_per_step // topology.dp_size)
     losses = {"loss": 0.0, "cross-entropy": 0.0}
     router: RouterTotals | None = None
     for batch in batches:
@@ -292,10 +297,12 @@ def self_test(engine: Engine, timeline: Timeline, load_weights: WeightLoader | N
     found = engine.topology.all_gather(found)[0]
     if found:
         more = f" and {len(found) - 1} more differences" if len(found) > 1 else ""
+        topology = engine.topology
+        shared = f", sp_size {topology.sp_size}" if topology.sp_size > 1 else ""
         raise GuardError(
-            f"the self-test failed: on {engine.topology.world_size} ranks with ep_size "
-            f"{engine.topology.ep_size} and ZeRO {engine.zero_stage}, {found[0]}{more}; train at "
-            "another topology, and report this with the versions of torch and DeepSpeed"
+            f"the self-test failed: on {topology.world_size} ranks with ep_size {topology.ep_size}"
+            f"{shared} and ZeRO {engine.zero_stage}, {found[0]}{more}; train at another topology, "
+            "and report this with the versions of torch and DeepSpeed"
         )
     if engine.topology.is_main:
         logger.info(

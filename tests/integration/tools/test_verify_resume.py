@@ -76,6 +76,15 @@ def test_a_checkpoint_resumes_elsewhere_and_its_run_is_untouched(run: Path) -> N
     assert content(run) == before
 
 
+def test_a_checkpoint_resumes_on_ranks_that_share_sequences(run: Path) -> None:
+    code, found, errors = proof(run, "--steps", "2", "--sp-size", "2")
+    assert (code, errors) == (0, "")
+    assert (found["reference"]["sp_size"], found["asked"]["sp_size"]) == (1, 2)
+    assert len(found["steps"]) == 2
+    for step in found["steps"]:
+        assert step["loss_distance"] <= 1e-5 and step["grad_norm_distance"] <= 1e-5
+
+
 def test_one_wrong_tensor_is_found_and_named(run: Path) -> None:
     code, found, errors = proof(
         run, "--steps", "0", "--plugin", "tests.support.other_weights", "--random-tokens"
@@ -114,6 +123,8 @@ def test_a_run_over_a_kill_and_a_move_is_one_trace(run: Path, tmp_path: Path) ->
         (["RUN/checkpoints/latest", "--ledger", "RUN"], "not both"),
         (["RUN/checkpoints/latest", "--world-size", "0"], "--world-size is 0"),
         (["RUN/checkpoints/latest", "--world-size", "3", "--ep-size", "2"], "does not divide"),
+        (["RUN/checkpoints/latest", "--sp-size", "0"], "--sp-size is 0"),
+        (["RUN/checkpoints/latest", "--world-size", "3", "--sp-size", "2"], "parallel.sp_size (2)"),
         (["RUN/checkpoints/latest", "--world-size", "4", "--set", "model.moe.topk=1"], "topk"),
     ],
 )

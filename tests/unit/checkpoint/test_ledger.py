@@ -21,6 +21,7 @@ FACTS: SegmentFacts = {
     "recipe": "e" * 64,
     "world_size": 2,
     "ep_size": 2,
+    "sp_size": 1,
     "zero_stage": 1,
 }
 
@@ -79,8 +80,16 @@ def test_a_run_over_crashes_and_moves_is_one_trace(run: Path) -> None:
         (9, 9),
     ]
     assert trace.segments[1].rollbacks == [6]
+    assert "; 2 ranks, ep_size 2, ZeRO 1; " in str(trace.segments[0])
     assert "one certified trace of 3 segments, steps 0 to 9" in trace.verdict
     assert trace.head == records(run)[-1]["sha256"]
+
+
+def test_a_segment_names_the_ranks_that_share_a_sequence(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.start(0, {"kind": "new"}, {**FACTS, "sp_size": 2})
+    publish(tmp_path, ledger, 3)
+    assert "; 2 ranks, ep_size 2, sp_size 2, ZeRO 1; " in str(check_ledger(tmp_path).segments[0])
 
 
 def test_an_edited_record_is_found(run: Path) -> None:

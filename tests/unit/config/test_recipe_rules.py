@@ -135,6 +135,25 @@ BROKEN = {
         ["dropout.expert=0.1", "dropout.feed_forward"],
         ["model.dropout.expert=0"],
     ),
+    "sequence_is_shared_evenly": (
+        ["parallel.sp_size=4", "train.sequence_length=30"],
+        ["sp_size (4) does not divide train.sequence_length (30)"],
+        ["train.sequence_length=32"],
+    ),
+    "sequence_is_shared_evenly/heads": (
+        ["parallel.sp_size=8"],
+        ["sp_size (8) does not divide model.attention.num_attention_heads (4)"],
+        ["model.attention.num_attention_heads=8"],
+    ),
+    "sequence_is_shared_evenly/key_heads": (
+        [
+            "parallel.sp_size=2",
+            "model.attention.num_attention_heads=6",
+            "model.attention.num_key_value_heads=3",
+        ],
+        ["sp_size (2) neither divides", "num_key_value_heads (3) nor is a multiple"],
+        ["parallel.sp_size=3", "train.sequence_length=60"],
+    ),
     "exchange_fits/rows": (
         ["model.moe.exchange=deepep", "model.moe.deduplicate=false", "parallel.ep_size=2"],
         ["deduplicate=false", "exchange=deepep", "exchange=all_to_all"],
@@ -250,6 +269,18 @@ def test_accumulation_is_derived_from_the_launch(
     assert check_topology(recipe, world_size, zero_stage=1) == accumulation
 
 
+def test_ranks_that_share_sequences_take_more_micro_batches() -> None:
+    assert check_topology(load_recipe("debug", ["parallel.sp_size=2"]), 4, zero_stage=1) == 2
+    assert check_topology(load_recipe("debug", ["parallel.sp_size=4"]), 4, zero_stage=1) == 4
+
+
+def test_the_length_of_each_phase_is_shared_evenly() -> None:
+    phases = "phases=[{name: short, tokens: 2048, sequence_length: 2}, {name: long}]"
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("debug", ["parallel.sp_size=4", phases])
+    assert "phases.short: parallel.sp_size (4) does not divide" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "overrides,world_size,zero_stage,parts",
     [
@@ -271,6 +302,13 @@ def test_accumulation_is_derived_from_the_launch(
             ["global_batch_size (8)", "4 x 4", "change the batch sizes or the number of ranks"],
         ),
         ([], 3, 1, ["2 x 3"]),
+        (
+            ["parallel.sp_size=2"],
+            3,
+            1,
+            ["sp_size (2) does not divide the number of ranks (3)", "multiple of 2 ranks"],
+        ),
+        (["parallel.sp_size=2"], 6, 1, ["micro_batch_size x ranks (2 x 6) / sp_size (2)"]),
         (NATIVE, 2, 3, ["ZeRO stage 3", "ds_configs/zero2.json", "model.moe.kind=dropless"]),
     ],
 )

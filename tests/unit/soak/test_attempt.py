@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.core.errors import ConfigError
-from pretrain.soak.attempt import LAUNCHER, Attempt, Layout
+from pretrain.soak.attempt import LAUNCHER, Attempt, Layout, training_command
 
 LEAVES_A_CHILD = (
     "import subprocess, sys\n"
@@ -38,6 +38,9 @@ def test_a_command_that_ends_while_it_is_waited_for_keeps_its_code(tmp_path: Pat
 def test_a_topology_is_read_from_its_names_and_others_are_refused() -> None:
     assert Layout.parse("ranks=2,ep_size=1,zero=2") == Layout(2, 1, 2)
     assert str(Layout.parse("ranks=4")) == "ranks=4,zero=1"
+    shared = Layout.parse("ranks=4,ep_size=2,sp_size=2")
+    assert shared == Layout(4, 2, 1, 2) and str(shared) == "ranks=4,ep_size=2,sp_size=2,zero=1"
+    assert "parallel.sp_size=2" in training_command(shared, "debug", [])
     for text in ("2", "ranks=0", "ranks=a", "world=2", "zero=1"):
         with pytest.raises(ConfigError, match="--topologies"):
             Layout.parse(text)

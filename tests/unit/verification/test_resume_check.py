@@ -99,6 +99,14 @@ def test_tolerances_follow_precision_and_optimizer() -> None:
     assert of("model.moe.router={kind: noisy_topk}") > 1e-2
 
 
+def test_what_depends_on_a_ranks_tokens_is_another_one_at_another_sp_size() -> None:
+    for overrides in (["model.moe.router.jitter=0.1"], ["model.moe.kind=deepspeed"]):
+        recipe = load_recipe("debug", ["train.precision=fp32", *overrides])
+        assert tolerance_of(recipe).value == 1e-5
+        assert "sp_size" in tolerance_of(recipe, other_parts=True).reason
+    assert tolerance_of(RECIPE, other_parts=True) == tolerance_of(RECIPE)
+
+
 def test_a_resolved_ds_config_opens_for_another_number_of_ranks() -> None:
     policy = {
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
