@@ -73,6 +73,7 @@ class Analysis(TypedDict):
     world_size: int
     ep_size: int
     sp_size: int
+    tp_size: int
     optimizer: str
     memory: MemoryByLayout
     activation_bytes_per_rank: int
@@ -188,10 +189,11 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
         "world_size": world_size,
         "ep_size": recipe.parallel.ep_size,
         "sp_size": recipe.parallel.sp_size,
+        "tp_size": recipe.parallel.tp_size,
         "optimizer": recipe.optimizer.kind,
         "memory": memory_by_layout(size, model, precision, world_size, recipe.optimizer),
         "activation_bytes_per_rank": activation_bytes(
-            model, train, precision, recipe.parallel.sp_size
+            model, train, precision, recipe.parallel.token_parts
         ),
         "kv_cache_bytes_per_token": cache_bytes(model, 1, CACHE_WIDTH),
         "max_position_embeddings": context,

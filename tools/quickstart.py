@@ -383,8 +383,8 @@ def main() -> int:
     options.num_accelerators = options.num_accelerators or default_ranks()
     recipe = load_recipe(options.recipe, options.overrides)
     parallel = recipe.parallel
-    if options.num_accelerators == 1 and max(parallel.ep_size, parallel.sp_size) > 1:
-        options.overrides += ["parallel.ep_size=1", "parallel.sp_size=1"]
+    if options.num_accelerators == 1 and parallel.fewest_ranks > 1:
+        options.overrides += ["parallel={ep_size: 1, sp_size: 1, tp_size: 1}"]
         recipe = load_recipe(options.recipe, options.overrides)
     if CHECKOUT is not None:  # its data/ and runs/ are where the documentation looks for them
         os.chdir(CHECKOUT)

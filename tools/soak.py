@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--topologies",
         nargs="+",
-        metavar="ranks=N[,ep_size=N][,sp_size=N][,zero=N]",
+        metavar="ranks=N[,ep_size=N][,sp_size=N][,tp_size=N][,zero=N]",
         help="instead of --ranks: restarts take the next one each, cyclically",
     )
     parser.add_argument(

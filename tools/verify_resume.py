@@ -56,6 +56,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="ranks that share each sequence (default: as saved)",
     )
+    parser.add_argument(
+        "--tp-size",
+        type=int,
+        metavar="N",
+        help="ranks that share tensors (default: as saved)",
+    )
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument("--zero", type=int, choices=range(4), help="ZeRO stage (default: as saved)")
     stage.add_argument(
@@ -102,7 +108,7 @@ def request_of(options: argparse.Namespace) -> Request:
         raise ConfigError(f"--steps is {options.steps}: give 0 or more")
     checkpoint = resolve_checkpoint(options.checkpoint)
     own = own_layout(checkpoint)
-    for option in ("world_size", "ep_size", "sp_size"):
+    for option in ("world_size", "ep_size", "sp_size", "tp_size"):
         if (value := getattr(options, option)) is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {value}: give 1 or more")
     zero_stage = own.zero_stage if options.zero is None else options.zero
@@ -115,6 +121,7 @@ def request_of(options: argparse.Namespace) -> Request:
         own.ep_size if options.ep_size is None else options.ep_size,
         zero_stage,
         own.sp_size if options.sp_size is None else options.sp_size,
+        own.tp_size if options.tp_size is None else options.tp_size,
     )
     return Request(
         checkpoint=checkpoint,

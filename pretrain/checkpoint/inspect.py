@@ -31,6 +31,7 @@ STATE_FIELDS = (
     "world_size",
     "ep_size",
     "sp_size",
+    "tp_size",
     "zero_stage",
     "tokenizer_sha256",
     "phase",

@@ -58,6 +58,7 @@ class SegmentFacts(TypedDict):
     world_size: int
     ep_size: int
     sp_size: int
+    tp_size: int
     zero_stage: int
 
 

@@ -137,6 +137,7 @@ class SavedState(_Saved):
     world_size: Count = 1
     ep_size: Count = 1
     sp_size: Count = 1
+    tp_size: Count = 1
     zero_stage: Count = 0
     parameters: SavedCounts = SavedCounts(total=0, active=0)
     sources: dict[str, SavedSource] = {}

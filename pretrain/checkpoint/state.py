@@ -23,6 +23,7 @@ class Fingerprint(TypedDict):
     world_size: int
     ep_size: int
     sp_size: int
+    tp_size: int
     zero_stage: int
 
 
@@ -111,6 +112,7 @@ class CheckpointState(TypedDict):
     world_size: NotRequired[int]
     ep_size: NotRequired[int]
     sp_size: NotRequired[int]
+    tp_size: NotRequired[int]
     zero_stage: NotRequired[int]
     # Of the card's facts.
     parameters: NotRequired[ParameterCounts]

@@ -16,6 +16,7 @@ from pretrain.checkpoint.ledger import (
     record_hash,
     split_lines,
 )
+from pretrain.config.recipe import shared_sizes
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject, file_sha256
 
@@ -48,7 +49,7 @@ class Segment:
         commit = f", commit {code['commit'][:SHORT]}" if code.get("commit") else ""
         commit += " with changes" if code.get("dirty") else ""
         # Records of older versions do not have it.
-        shared = f", sp_size {size}" if (size := facts.get("sp_size", 1)) > 1 else ""
+        shared = shared_sizes(facts.get("sp_size", 1), facts.get("tp_size", 1))
         back = "".join(f", went back to step {step}" for step in self.rollbacks)
         return (
             f"segment {self.number}: steps {self.first_step} to {self.last_step}, "

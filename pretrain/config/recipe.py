@@ -151,6 +151,12 @@ class TrainConfig(Section):
         return self.global_batch_size * self.sequence_length
 
 
+def shared_sizes(sp_size: int, tp_size: int) -> str:
+    """ ", sp_size N, tp_size M" of those above 1, for sentences."""
+    sizes = {"sp_size": sp_size, "tp_size": tp_size}
+    return "".join(f", {name} {size}" for name, size in sizes.items() if size > 1)
+
+
 class ParallelConfig(Section):
     """How the ranks share the model. ZeRO is in the ds_config."""
 
@@ -185,7 +191,7 @@ class ParallelConfig(Section):
     @property
     def fewest_ranks(self) -> int:
         """The smallest number of ranks that a run can have."""
-        return math.lcm(self.ep_size, self.sp_size)
+        return math.lcm(self.ep_size, self.token_parts)
 
 
 class CheckpointConfig(Section):

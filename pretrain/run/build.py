@@ -346,6 +346,7 @@ def _fingerprint(resolved: ResolvedRun, zero_stage: int) -> Fingerprint:
         "world_size": resolved.topology.world_size,
         "ep_size": resolved.topology.ep_size,
         "sp_size": resolved.topology.sp_size,
+        "tp_size": resolved.topology.tp_size,
         "zero_stage": zero_stage,
     }
 

@@ -78,6 +78,7 @@ def open_ledger(trainer: Trainer, resolved: ResolvedRun, continued: Path | None)
         "world_size": topology.world_size,
         "ep_size": topology.ep_size,
         "sp_size": topology.sp_size,
+        "tp_size": topology.tp_size,
         "zero_stage": trainer.engine.zero_stage,
     }
     ledger = Ledger(resolved.folder)

@@ -59,11 +59,7 @@ def _plan_lines(plan: Plan) -> dict[str, str]:
     if plan.first_step:
         tokens += f", the first {plan.first_step:,} of them the parent run's"
     parallel = config.recipe.parallel
-    shared = "".join(
-        f", {name} {size}"
-        for name, size in (("sp_size", parallel.sp_size), ("tp_size", parallel.tp_size))
-        if size > 1
-    )
+    shared = shared_sizes(parallel.sp_size, parallel.tp_size)
     layout = f"ep_size {parallel.ep_size}{shared}, ZeRO {config.zero_stage}, {train.precision}"
     time = plan.estimate.basis
     if plan.estimate.seconds is not None:

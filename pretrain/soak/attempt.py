@@ -28,12 +28,13 @@ SCRIPT = "pretrain.py"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread: ``ranks=4,ep_size=2,sp_size=2,zero=1``; the rest is the recipe's."""
+    """How a run is spread: ``ranks=4,ep_size=2,tp_size=2,zero=1``; the rest is the recipe's."""
 
     ranks: int
     ep_size: int | None = None
     zero: int = 1
     sp_size: int | None = None
+    tp_size: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -45,7 +46,7 @@ class Layout:
         values: dict[str, int] = {}
         for part in text.split(","):
             name, equals, value = part.strip().partition("=")
-            known = name in ("ranks", "ep_size", "sp_size", "zero")
+            known = name in ("ranks", "ep_size", "sp_size", "tp_size", "zero")
             if not known or not equals or not value.isdecimal():
                 raise ConfigError(
                     f"--topologies: '{text}' is no topology: write "
@@ -57,18 +58,19 @@ class Layout:
         return cls(**values)
 
     def __str__(self) -> str:
-        sizes = {"ep_size": self.ep_size, "sp_size": self.sp_size}
-        named = "".join(f",{name}={size}" for name, size in sizes.items() if size is not None)
+        named = "".join(f",{name}={size}" for name, size in self.sizes.items())
         return f"ranks={self.ranks}{named},zero={self.zero}"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The recipe's sizes that it changes, by their fields in ``parallel``."""
+        named = {"ep_size": self.ep_size, "sp_size": self.sp_size, "tp_size": self.tp_size}
+        return {name: size for name, size in named.items() if size is not None}
 
 
 def training_command(layout: Layout, recipe: str, settings: Sequence[str]) -> list[str]:
     """The command line that starts, and starts again, a run of a recipe."""
-    overrides = list(settings)
-    if layout.ep_size is not None:
-        overrides.append(f"parallel.ep_size={layout.ep_size}")
-    if layout.sp_size is not None:
-        overrides.append(f"parallel.sp_size={layout.sp_size}")
+    overrides = [*settings, *(f"parallel.{name}={size}" for name, size in layout.sizes.items())]
     launcher = [sys.executable]
     if layout.ranks > 1:
         ranks = str(layout.ranks)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pretrain.checkpoint.layout import DS_CONFIG, RECIPE
 from pretrain.config.load import apply_override, parse_yaml, validate_recipe
-from pretrain.config.recipe import Recipe
+from pretrain.config.recipe import Recipe, shared_sizes
 from pretrain.core.errors import CheckpointError
 from pretrain.core.files import JsonObject
 from pretrain.core.strict_json import NotAnObject, read_object
@@ -23,17 +23,19 @@ class Layout:
 
     Attributes:
         zero_stage: of ZeRO.
-        sp_size: ranks that share each sequence.
+        sp_size: ranks that share each sequence; times ``tp_size`` if tensors are shared too.
+        tp_size: ranks that share tensors.
     """
 
     world_size: int
     ep_size: int
     zero_stage: int
     sp_size: int = 1
+    tp_size: int = 1
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        shared = f", sp_size {self.sp_size}" if self.sp_size > 1 else ""
+        shared = shared_sizes(self.sp_size, self.tp_size)
         return f"{ranks}, ep_size {self.ep_size}{shared}, ZeRO {self.zero_stage}"
 
 
@@ -116,7 +118,8 @@ def recipe_for(checkpoint: Path, overrides: list[str], layout: Layout) -> Recipe
         raise CheckpointError(
             f"{path} is missing or damaged: choose another step_N folder"
         ) from None
-    topology = [f"parallel.ep_size={layout.ep_size}", f"parallel.sp_size={layout.sp_size}"]
+    sizes = {"ep_size": layout.ep_size, "sp_size": layout.sp_size, "tp_size": layout.tp_size}
+    topology = [f"parallel.{name}={size}" for name, size in sizes.items()]
     for override in [*overrides, *topology, "logging.tensorboard=false"]:
         apply_override(content, override)
     return validate_recipe(content, str(path))

@@ -51,9 +51,13 @@ def tolerance_of(recipe: Recipe, other_parts: bool = False) -> Tolerance:
     if routing is not None and (routing.draws_experts or routing.router.learned_noise):
         return Tolerance(RANDOM_TOLERANCE, "experts are drawn at random, other ones on other ranks")
     if other_parts and routing is not None and routing.router.jitter:
-        return Tolerance(RANDOM_TOLERANCE, "router jitter is another one at another sp_size")
+        return Tolerance(
+            RANDOM_TOLERANCE, "router jitter is another one at another sp_size or tp_size"
+        )
     if other_parts and routing is not None and routing.drops_tokens:
-        return Tolerance(RANDOM_TOLERANCE, "full experts drop other tokens at another sp_size")
+        return Tolerance(
+            RANDOM_TOLERANCE, "full experts drop other tokens at another sp_size or tp_size"
+        )
     value = FP32_TOLERANCE.get(kind, OTHER_OPTIMIZER)
     reason = f"{train.precision}, {kind}"
     if train.precision != "fp32":
@@ -167,6 +171,7 @@ class Proof:
                 "world_size": place.world_size,
                 "ep_size": place.ep_size,
                 "sp_size": place.sp_size,
+                "tp_size": place.tp_size,
                 "zero_stage": place.zero_stage,
                 "data": seen.data,
                 "seconds": seen.seconds,
@@ -223,9 +228,13 @@ def own_layout(checkpoint: Path) -> Layout:
         raise CheckpointError(
             f"{checkpoint} does not say at which topology it was saved: choose one of a training"
         )
-    # Checkpoints of older versions have no sp_size: then no ranks shared a sequence.
+    # Checkpoints of older versions have no such sizes: then no ranks shared a sequence.
     return Layout(
-        state["world_size"], state["ep_size"], state["zero_stage"], state.get("sp_size", 1)
+        state["world_size"],
+        state["ep_size"],
+        state["zero_stage"],
+        state.get("sp_size", 1),
+        state.get("tp_size", 1),
     )
 
 
@@ -236,7 +245,8 @@ def reference_layout(
 
     Args:
         own: of the checkpoint.
-        recipe: with the overrides, at the checkpoint's ``ep_size`` and ``sp_size``.
+        recipe: with the overrides, at the checkpoint's ``ep_size``, ``sp_size`` and
+            ``tp_size``.
         devices: that ranks can have for themselves.
     """
     single = Layout(1, 1, own.zero_stage)
@@ -312,7 +322,8 @@ def prove(request: Request, scratch: Path) -> Proof:
         shutil.rmtree(side)
     first, second = observed
     step = layout.read_state(folder)["step"]
-    tolerance = tolerance_of(recipe, request.asked.sp_size != reference.sp_size)
+    parts = [place.sp_size * place.tp_size for place in (request.asked, reference)]
+    tolerance = tolerance_of(recipe, parts[0] != parts[1])
     if request.tolerance is not None:
         tolerance = Tolerance(request.tolerance, "as asked for")
     return Proof(

@@ -21,7 +21,7 @@ import torch
 
 from data_pipeline.loading.batch import Batch
 from pretrain.checkpoint.random_state import random_state, restore_random_state
-from pretrain.config.recipe import Recipe
+from pretrain.config.recipe import Recipe, shared_sizes
 from pretrain.config.timeline import Timeline
 from pretrain.core.errors import GuardError
 from pretrain.engine.build import ExpertShard, WeightLoader, build_model
@@ -102,7 +102,7 @@ def why_not(engine: Engine) -> str:
         routing.draws_experts or routing.router.learned_noise or routing.router.jitter
     ):
         return "the router draws other values on other ranks"
-    if engine.topology.sp_size > 1 and routing is not None and routing.drops_tokens:
+    if engine.topology.token_parts > 1 and routing is not None and routing.drops_tokens:
         return "full experts drop tokens by those of a rank, which has a part of each sequence"
     return engine.topology.all_gather(_why_not_here(engine) if engine.topology.is_main else "")[0]
 
@@ -122,9 +122,9 @@ def _why_not_here(engine: Engine) -> str:
 
 def small_recipe(recipe: Recipe, dp_size: int) -> Recipe:
     """Return a recipe of one step of ``dp_size`` micro batches, each of one short sequence."""
-    sp_size = recipe.parallel.sp_size
-    # A multiple of sp_size, as the recipe's own length is.
-    longest = -(-LONGEST_SEQUENCE // sp_size) * sp_size
+    parts = recipe.parallel.token_parts
+    # A multiple of them, as the recipe's own length is.
+    longest = -(-LONGEST_SEQUENCE // parts) * parts
     train = recipe.train.model_copy(
         update={
             "sequence_length": min(recipe.train.sequence_length, longest),
@@ -298,7 +298,7 @@ def self_test(engine: Engine, timeline: Timeline, load_weights: WeightLoader | N
     if found:
         more = f" and {len(found) - 1} more differences" if len(found) > 1 else ""
         topology = engine.topology
-        shared = f", sp_size {topology.sp_size}" if topology.sp_size > 1 else ""
+        shared = shared_sizes(topology.sp_size, topology.tp_size)
         raise GuardError(
             f"the self-test failed: on {topology.world_size} ranks with ep_size {topology.ep_size}"
             f"{shared} and ZeRO {engine.zero_stage}, {found[0]}{more}; train at another topology, "

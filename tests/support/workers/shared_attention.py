@@ -20,7 +20,7 @@ from pretrain.model.attention.kernels.base import attention_kernel
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.attention.scores import Scores
 from pretrain.model.attention.split_heads import attend
-from pretrain.model.sequence_parallel import SequenceParallel
+from pretrain.model.token_parallel import SequenceParallel
 
 B, N, S, H = 2, 4, 24, 8
 Tensors = list[Tensor]
