@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config.load import recipe_to_yaml
+from pretrain.config.recipe import shared_sizes
 from pretrain.engine.part_precision import PartPrecision
 from pretrain.run.estimate import duration
 from pretrain.run.plan import PhasePlan, Plan
