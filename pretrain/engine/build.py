@@ -124,10 +124,15 @@ def start_deepspeed(
     Every rank must call it.
 
     Raises:
-        ConfigError: if a gradient does not fit into a bucket that has to hold it.
+        ConfigError: if a gradient does not fit into a bucket that has to hold it, or a weight
+            cannot be quantized.
     """
     zero_stage = stage_of(ds_config)
-    check_buckets(model, ds_config.get("zero_optimization", {}), device)
+    zero = ds_config.get("zero_optimization", {})
+    check_buckets(model, zero, device)
+    check_quantized_weights(
+        model, zero, distributed.get_world_size() if distributed.is_initialized() else 1
+    )
     engine, wrapped, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=without_monitors(ds_config)
     )
@@ -165,6 +170,33 @@ def check_buckets(model: nn.Module, zero: JsonObject, device: torch.device) -> N
             "zero_optimization.overlap_comm at ZeRO stage 2: raise the one, or set the other to "
             "false"
         )
+
+
+def check_quantized_weights(model: nn.Module, zero: JsonObject, world_size: int) -> None:
+    """Check that each rank's part of each weight has whole groups of 8 elements.
+
+    DeepSpeed asserts it when it gathers a weight with ``zero_quantized_weights``. A part is the
+    weight cut by the ranks that share it, rounded up.
+
+    Args:
+        zero: the section zero_optimization of a resolved ds_config.
+
+    Raises:
+        ConfigError: with the first weight that has not.
+    """
+    if zero.get("zero_quantized_weights") is not True:
+        return
+    for name, weight in model.named_parameters():
+        # An expert is shared by the ranks that hold the same part: DeepSpeed names their group.
+        ep_size = int(getattr(weight, "group_name", "ep_size_1").removeprefix("ep_size_"))
+        ranks = world_size // ep_size
+        part = -(-weight.numel() // ranks)
+        if part % 8:
+            raise ConfigError(
+                f"zero_optimization.zero_quantized_weights needs parts of 8 elements, but {name} "
+                f"({weight.numel()} elements) has {part} on each of {ranks} ranks: leave it out, or "
+                "start fewer ranks"
+            )
 
 
 def stage_of(ds_config: JsonObject) -> int:
