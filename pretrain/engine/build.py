@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from torch import nn
+from torch import distributed, nn
 
 from pretrain.config.phases import PhaseConfig
 from pretrain.config.recipe import Recipe
@@ -19,6 +20,7 @@ from pretrain.core.files import JsonObject
 from pretrain.engine.cpu_tuning import keep_freed_memory
 from pretrain.engine.ds_config_check import AUTO
 from pretrain.engine.float8 import convert_linears
+from pretrain.engine.fragments import whole_shape
 from pretrain.engine.monitor import without_monitors
 from pretrain.engine.placement import place_weights
 from pretrain.engine.precision import DTYPES
@@ -143,10 +145,15 @@ def start_deepspeed(
     Every rank must call it.
 
     Raises:
-        ConfigError: if a gradient does not fit into a bucket that has to hold it.
+        ConfigError: if a gradient does not fit into a bucket that has to hold it, or a weight
+            cannot be quantized.
     """
     zero_stage = stage_of(ds_config)
-    check_buckets(model, ds_config.get("zero_optimization", {}), device)
+    zero = ds_config.get("zero_optimization", {})
+    check_buckets(model, zero, device)
+    check_quantized_weights(
+        model, zero, distributed.get_world_size() if distributed.is_initialized() else 1
+    )
     engine, wrapped, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=without_monitors(ds_config)
     )
@@ -214,6 +221,34 @@ def share_sequences(model: DecoderLM, topology: Topology) -> None:
     )
     if tp_size > 1:
         model.add_module("shard_groups", ShardGroups(tp_size))
+
+
+def check_quantized_weights(model: nn.Module, zero: JsonObject, world_size: int) -> None:
+    """Check that each rank's part of each weight has whole groups of 8 elements.
+
+    DeepSpeed asserts it when it gathers a weight with ``zero_quantized_weights``. A part is the
+    weight cut by the ranks that share it, rounded up.
+
+    Args:
+        zero: the section zero_optimization of a resolved ds_config.
+
+    Raises:
+        ConfigError: with the first weight that has not.
+    """
+    if zero.get("zero_quantized_weights") is not True:
+        return
+    for name, weight in model.named_parameters():
+        # An expert is shared by the ranks that hold the same part: DeepSpeed names their group.
+        ep_size = int(getattr(weight, "group_name", "ep_size_1").removeprefix("ep_size_"))
+        ranks = world_size // ep_size
+        elements = prod(whole_shape(weight))
+        part = -(-elements // ranks)
+        if part % 8:
+            raise ConfigError(
+                f"zero_optimization.zero_quantized_weights needs parts of 8 elements, but {name} "
+                f"({elements} elements) has {part} on each of {ranks} ranks: leave it out, or "
+                "start fewer ranks"
+            )
 
 
 def stage_of(ds_config: JsonObject) -> int:

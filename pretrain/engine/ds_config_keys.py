@@ -180,7 +180,7 @@ REFUSED = {
     "compile": "compilation is the recipe's train.compile",
     "hybrid_engine": "it generates text between training steps, which nothing here asks it for",
     "weight_quantization": "it is for inference, and would do nothing in training",
-    "tensor_parallel": "there is no tensor parallelism here: use ZeRO 3 or parallel.ep_size",
+    "tensor_parallel": "tensor parallelism is the recipe's parallel.tp_size",
     "sequence_parallel_size": "sequence parallelism is the recipe's parallel.sp_size",
     "seq_parallel_communication_data_type": "parallel.sp_size exchanges in the run's own format",
     "disable_allgather": "DeepSpeed reads it and never uses it: leave it out",

@@ -17,10 +17,10 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.utils import groups
-from torch import nn
+from torch import distributed, nn
 
 from pretrain.config.load import load_recipe
-from pretrain.engine.topology import connect
+from pretrain.engine.workarounds.shared_memory_all_reduce import avoid_shared_memory_all_reduce
 from pretrain.model.attention.mask import AttentionMask
 from pretrain.model.block import Block
 from pretrain.model.decoder import DecoderLM
@@ -30,8 +30,16 @@ from tests.support.rank_worker import forget_expert_groups
 from tests.support.training_cases import KINDS, SIZES
 
 STEPS, MICRO_BATCHES, B, S, MAX_NORM = 4, 4, 2, 32, 0.3
-# The hidden states, and the sum of the router losses so far.
-Travelling = tuple[torch.Tensor, torch.Tensor]
+# The hidden states, and the sum of the router losses so far if it travels with them.
+Travelling = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def unpacked(inputs: Travelling) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return inputs if isinstance(inputs, tuple) else (inputs, None)
+
+
+def packed(x_BSD: torch.Tensor, loss: torch.Tensor | None) -> Travelling:
+    return x_BSD if loss is None else (x_BSD, loss)
 
 
 class Carried(torch.autograd.Function):
@@ -48,13 +56,13 @@ class Carried(torch.autograd.Function):
 
 
 class Embedding(nn.Module):
-    def __init__(self, model: DecoderLM) -> None:
+    def __init__(self, model: DecoderLM, carried: float | None) -> None:
         super().__init__()
-        self.embedding, self.position = model.embedding, model.position
+        self.embedding, self.position, self.carried = model.embedding, model.position, carried
 
     def forward(self, input_ids_BS: torch.Tensor) -> Travelling:
         x_BSD = self.position.add(self.embedding(input_ids_BS), torch.arange(S))
-        return x_BSD, torch.zeros(())
+        return packed(x_BSD, torch.zeros(()) if self.carried is None else None)
 
 
 class Stage(nn.Module):
@@ -66,14 +74,14 @@ class Stage(nn.Module):
         self.weights = list(loss_weights(model.config.routing).values())
 
     def forward(self, inputs: Travelling) -> Travelling:
-        x_BSD, loss = inputs
+        x_BSD, loss = unpacked(inputs)
         terms = self.position.terms(torch.arange(S))
         x_BSD, statistics = self.block(x_BSD, terms, AttentionMask(0, None, None))
         pairs = zip(self.weights, statistics.losses_J.unbind(), strict=True)
         own = torch.stack([weight * value for weight, value in pairs if weight]).sum()
-        if self.carried is None:
-            return x_BSD, loss + own
-        return Carried.apply(x_BSD, own, self.carried), loss
+        if self.carried is not None:
+            return Carried.apply(x_BSD, own, self.carried)
+        return x_BSD, loss + own
 
 
 class Norm(nn.Module):
@@ -82,7 +90,8 @@ class Norm(nn.Module):
         self.norm, self.head = model.final_norm, model.head
 
     def forward(self, inputs: Travelling) -> Travelling:
-        return self.norm(inputs[0]), inputs[1]
+        x_BSD, loss = unpacked(inputs)
+        return packed(self.norm(x_BSD), loss)
 
 
 def batch_of(step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,10 +124,12 @@ def pipeline(model: DecoderLM, case: dict[str, Any], accumulation: int) -> Pipel
     blocks = [LayerSpec(Stage, model, block, carried) for block in model.layers]
 
     def loss_of(outputs: Travelling, labels_BS: torch.Tensor) -> torch.Tensor:
-        return model.head(outputs[0], labels_BS)[0] / (B * S) + outputs[1]
+        x_BSD, router_loss = unpacked(outputs)
+        loss = model.head(x_BSD, labels_BS)[0] / (B * S)
+        return loss if router_loss is None else loss + router_loss
 
     return PipelineModule(
-        [LayerSpec(Embedding, model), *blocks, LayerSpec(Norm, model)],
+        [LayerSpec(Embedding, model, carried), *blocks, LayerSpec(Norm, model)],
         num_stages=case["stages"],
         loss_fn=loss_of,
         partition_method="uniform",
@@ -170,19 +181,23 @@ def train(model: DecoderLM, case: dict[str, Any], world_size: int) -> dict[str, 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     forget_expert_groups()
     ep_size = case["ep_size"]
-    topology = connect(ep_size)
+    if not distributed.is_initialized():
+        # Without the watchdog, whose signs of life come from the engine that is not used here.
+        avoid_shared_memory_all_reduce()
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     recipe = load_recipe(
         "debug", [*SIZES, KINDS["dropless"], "model.num_hidden_layers=4", "train.precision=fp32"]
     )
 
     def new_model(parts: int) -> DecoderLM:
-        model = DecoderLM(recipe.model, parts, topology.rank % parts)
+        model = DecoderLM(recipe.model, parts, rank % parts)
         initialize(model, recipe.seed)
         return model
 
     result: dict[str, Any] = {"name": case["name"], "plain": plain(new_model(1))}
     try:
-        return result | train(new_model(ep_size), case, topology.world_size)
+        return result | train(new_model(ep_size), case, world_size)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         places = [Path(frame.filename).name for frame in frames]
