@@ -144,7 +144,7 @@ logging: {interval_steps: 1, tensorboard: false}
 
 def train(project: Path, run: str, fault: str = "", **settings: object) -> tuple[int, str]:
     """The exit code and the standard error of a real training run."""
-    arguments = ["-m", "pretrain.train", "--recipe", str(project / "recipe.yaml")]
+    arguments = ["-m", "pretrain", "--recipe", str(project / "recipe.yaml")]
     for name, value in {"run_path": project / run, **settings}.items():
         arguments += ["--set", f"{name.replace('__', '.')}={value}"]
     environment = {**os.environ, **({"FAULT": fault} if fault else {})}
