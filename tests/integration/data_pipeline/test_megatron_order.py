@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from data_pipeline.loading.megatron.files import FOLDER
 from pretrain.core.errors import BAD_DATA, DONE, USAGE
@@ -78,9 +79,11 @@ OTHER_SEED = {**CASES["a last epoch apart"], "shift": 1}
 
 
 def tokenizer() -> str:
-    """A tokenizer of 1,000 entries, whose token 0 ends a document."""
-    vocab = {"<|endoftext|>": 0} | {f"w{number}": number for number in range(1, 1000)}
-    library = Tokenizer(WordLevel(vocab, unk_token="<|endoftext|>"))
+    """A tokenizer of bytes, whose token 0 ends a document."""
+    entries = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    vocab = {entry: number for number, entry in enumerate(entries)}
+    library = Tokenizer(BPE(vocab=vocab, merges=[]))
+    library.pre_tokenizer = ByteLevel(add_prefix_space=False)
     library.add_special_tokens(["<|endoftext|>"])
     content: str = library.to_str()
     return content
@@ -95,7 +98,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     path.write_text(json.dumps(content))
     done = run_python("-m", "tests.support.workers.megatron_order", path, timeout=600)
     assert done.returncode == 0, done.stderr
-    return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(cases, map(json.loads, lines), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,7 +144,7 @@ logging: {interval_steps: 1, tensorboard: false}
 
 def train(project: Path, run: str, fault: str = "", **settings: object) -> tuple[int, str]:
     """The exit code and the standard error of a real training run."""
-    arguments = ["-m", "pretrain.train", "--recipe", str(project / "recipe.yaml")]
+    arguments = ["-m", "pretrain", "--recipe", str(project / "recipe.yaml")]
     for name, value in {"run_path": project / run, **settings}.items():
         arguments += ["--set", f"{name.replace('__', '.')}={value}"]
     environment = {**os.environ, **({"FAULT": fault} if fault else {})}
@@ -155,9 +159,9 @@ def losses(project: Path, run: str) -> list[float]:
 def test_a_killed_run_continues_in_the_same_order(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     texts = [
-        [*random.integers(1, 999, size).tolist(), 0] for size in random.integers(3, 40, 60).tolist()
+        [*random.integers(1, 257, size).tolist(), 0] for size in random.integers(3, 40, 60).tolist()
     ]
-    write_folder(tmp_path / "data", {"all": [texts]}, vocab_size=1000, tokenizer=tokenizer())
+    write_folder(tmp_path / "data", {"all": [texts]}, vocab_size=257, tokenizer=tokenizer())
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("DATA", str(tmp_path / "data")))
     code, _ = train(tmp_path, "whole")
     assert code == DONE and len(losses(tmp_path, "whole")) == 8

@@ -1,6 +1,6 @@
 """Compares our loader with Megatron's builder, data sets and sampler; Megatron is imported here.
 
-Started with a file of cases; writes a result for each to standard output, as one JSON list.
+Started with a file of cases; writes the result of each to standard output, as a line of JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from tests.support.data_folder import EOD, write_folder
 from tests.support.megatron_datasets import megatrons_dataset, sampler_batches
 
 MICRO_BATCH = 2
+# Token 0 ends a document.
+VOCABULARY = 257
 
 
 def write_data(folder: Path, case: dict[str, Any]) -> dict[str, Path]:
@@ -36,7 +38,7 @@ def write_data(folder: Path, case: dict[str, Any]) -> dict[str, Path]:
     for name, documents in zip("abcdef", case["documents"], strict=False):
         # Also documents of nothing but the end, and some longer than a sample.
         texts = [
-            [*random.integers(1, 999, size).tolist(), EOD]
+            [*random.integers(1, VOCABULARY, size).tolist(), EOD]
             for size in random.integers(0, 60, documents).tolist()
         ]
         write_folder(folder / "whole" / name, {"all": [texts]})
@@ -142,12 +144,10 @@ def compare(case: dict[str, Any], folder: Path, shift: int = 0) -> dict[str, Any
 
 def main() -> None:
     torch.set_num_threads(1)
-    results = []
     for case in json.loads(Path(sys.argv[1]).read_text()):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "tokenizer.json").write_text(case.pop("tokenizer"))
-            results.append(compare(case, Path(folder), case.pop("shift", 0)))
-    print(json.dumps(results))
+            print(json.dumps(compare(case, Path(folder), case.pop("shift", 0))), flush=True)
 
 
 if __name__ == "__main__":
