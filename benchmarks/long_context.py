@@ -127,7 +127,7 @@ def main() -> None:
         }
         arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     content = json.loads(arguments.output.read_text("utf-8"))
-    figure = evaluation_figure(content, "")
+    figure = evaluation_figure(cast(EvaluationResult, content), "")
     save_figure(figure, arguments.output.with_suffix(".png"), dpi=75)
 
 

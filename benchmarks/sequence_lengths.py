@@ -72,7 +72,9 @@ def peak_bytes(profiler: profile) -> int:
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = profiler.profiler.kineto_results.events()
     changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+        (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
+        for event in events
+        if event.name() == "[memory]"
     )
     held = peak = 0
     for _, change in changes:

@@ -96,7 +96,7 @@ def worker(settings: list[str], zero: int) -> None:
         built_bytes = status("VmHWM") - resident
         return model
 
-    engine_module.build_model = build
+    engine_module.build_model = build  # type: ignore[assignment]
     start = time.perf_counter()
     engine = engine_module.Engine(recipe, ds_config, precision, topology)
     seconds = time.perf_counter() - start

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-from pretrain.model.token_parallel import TensorParallel
+from pretrain.model.token_parallel import TensorParallel, process_group
 
 # The value that torch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
@@ -26,7 +25,7 @@ def sharded_chunk_losses(
         logits_Cv: of this rank's part of the vocabulary, which begins with id ``first``.
         labels_C: ids of the whole vocabulary; -100 for no loss.
     """
-    group = _resolve_process_group(tensor.group_name)
+    group = process_group(tensor.group_name)
     logits_Cv = logits_Cv.float()
     largest_C1 = logits_Cv.amax(dim=-1, keepdim=True)
     distributed.all_reduce(largest_C1, distributed.ReduceOp.MAX, group=group)

@@ -13,7 +13,7 @@ gradient is summed over each token once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
@@ -82,11 +82,18 @@ class TensorParallel(Parts):
         return scatter_sums(x.unflatten(dim, (self.parts, -1)).movedim(dim, 0), self.group_name)
 
 
+def process_group(name: str) -> distributed.ProcessGroup:
+    """The group with torch's name; operators take names, because they take no objects."""
+    # Some versions of torch have a type of their own for names.
+    group: distributed.ProcessGroup = _resolve_process_group(cast(Any, name))
+    return group
+
+
 @custom_op("pretrain::exchange_parts", mutates_args=())
 def exchange_parts(parts_PX: Tensor, group_name: str) -> Tensor:
     """All-to-all of equal parts [P, ...]: part i of the result is what rank i had for this one."""
     received_PX = torch.empty_like(parts_PX, memory_format=torch.contiguous_format)
-    group = _resolve_process_group(group_name)
+    group = process_group(group_name)
     distributed.all_to_all_single(received_PX, parts_PX.contiguous(), group=group)
     return received_PX
 
@@ -99,7 +106,7 @@ def _(parts_PX: Tensor, group_name: str) -> Tensor:
 @custom_op("pretrain::mean_of_ranks", mutates_args=())
 def mean_of_ranks(x: Tensor, group_name: str) -> Tensor:
     """The mean of a tensor over a group; its gradient passes unchanged."""
-    group = _resolve_process_group(group_name)
+    group = process_group(group_name)
     mean = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(mean, group=group)
     return mean.div_(group.size())
@@ -113,7 +120,7 @@ def _(x: Tensor, group_name: str) -> Tensor:
 @custom_op("pretrain::gather_parts", mutates_args=())
 def gather_parts(x: Tensor, group_name: str) -> Tensor:
     """All-gather: [...] of each rank -> [P, ...] on every rank."""
-    group = _resolve_process_group(group_name)
+    group = process_group(group_name)
     gathered = x.new_empty((group.size(), *x.shape))
     # gloo joins along a dimension that is there.
     distributed.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
@@ -122,14 +129,14 @@ def gather_parts(x: Tensor, group_name: str) -> Tensor:
 
 @gather_parts.register_fake
 def _(x: Tensor, group_name: str) -> Tensor:
-    return x.new_empty((_resolve_process_group(group_name).size(), *x.shape))
+    return x.new_empty((process_group(group_name).size(), *x.shape))
 
 
 @custom_op("pretrain::scatter_sums", mutates_args=())
 def scatter_sums(parts_PX: Tensor, group_name: str) -> Tensor:
     """Reduce-scatter: [P, ...] of each rank -> the sum over the ranks of this rank's part."""
     total = parts_PX.new_empty(parts_PX.shape[1:])
-    group = _resolve_process_group(group_name)
+    group = process_group(group_name)
     distributed.reduce_scatter_tensor(total, parts_PX.flatten(0, 1).contiguous(), group=group)
     return total
 
