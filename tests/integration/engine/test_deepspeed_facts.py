@@ -161,7 +161,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.module_inject.auto_ep_presets.base import AutoEPConfig
 from pretrain.config.load import load_recipe
 from pretrain.model.moe.dropless import _layer_spec, _WeightShapes
-moe = load_recipe("debug", ["model.moe={kind: dropless, num_experts: 4, top_k: 2}"]).model.moe
+moe = load_recipe("debug", ["model.moe.num_experts=4"]).model.moe
 config = AutoEPConfig()
 config.use_grouped_mm = False
 source = _WeightShapes(moe, 8, 16)
