@@ -126,8 +126,8 @@ def main() -> None:
             **measure(found, arguments.samples),
         }
         arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    content = json.loads(arguments.output.read_text("utf-8"))
-    figure = evaluation_figure(cast(EvaluationResult, content), "")
+    stored: EvaluationResult = json.loads(arguments.output.read_text("utf-8"))
+    figure = evaluation_figure(stored, "")
     save_figure(figure, arguments.output.with_suffix(".png"), dpi=75)
 
 

@@ -104,9 +104,7 @@ def make_haystack(
     return Haystack(needles, fillers)
 
 
-def _filler(
-    stream: TokenStream, around: frozenset[int], start: int, longest: int
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _filler(stream: TokenStream, around: frozenset[int], start: int, longest: int) -> np.ndarray:
     tokens = stream.read(start, min(READ_AHEAD * longest, stream.num_tokens - start))
     tokens = tokens[~np.isin(tokens, list(around))][:longest].astype(np.int64)
     if len(tokens) < longest:
