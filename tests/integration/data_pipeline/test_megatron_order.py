@@ -64,14 +64,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "a blend of one": {"documents": [40], "length": 16, "samples": 80, "seed": 7, "weights": [2.0]},
     "a blend without weights": {"documents": [30, 20], "length": 16, "samples": 64, "seed": 8},
-    "a split": {"documents": [100], "length": 16, "samples": 80, "seed": 9, "split": "969,30,1"},
+    # As many documents as give the test one: Megatron loops for ever over a split of none.
+    "a split": {"documents": [600], "length": 64, "samples": 80, "seed": 9, "split": "969,30,1"},
     "a blend of splits": {
         "documents": [77, 33],
         "length": 11,
         "samples": 96,
         "seed": 10,
         "weights": [1.0, 3.0],
-        "split": "90,9.5,0.5",
+        "split": "80,15.5,4.5",
     },
 }
 # The counterpart: it must be seen as different.
