@@ -12,6 +12,7 @@ from pretrain.checkpoint.weights import load_model, load_state_dict
 from pretrain.core.errors import BAD_CHECKPOINT, DONE, USAGE
 from tests.support.fork_server import run_python
 from tests.support.paths import TOOLS
+from tests.support.random_checkpoint import random_checkpoint, recipe_of, small_tokenizer
 from tests.support.tiny_checkpoint import STEPS, Trained
 
 TOOL = TOOLS / "convert_checkpoint.py"
@@ -64,25 +65,20 @@ def test_a_trained_checkpoint_goes_to_megatron_and_back(trained: Trained, tmp_pa
 
 
 def test_nothing_is_written_for_a_model_that_megatron_cannot_say_or_a_damaged_one(
-    trained: Trained, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    checkpoint = tmp_path / trained.checkpoint.name
-    checkpoint.mkdir()
-    for path in trained.checkpoint.iterdir():
-        (checkpoint / path.name).write_bytes(path.read_bytes())
-    recipe = checkpoint / layout.RECIPE
-    text = recipe.read_text()
-    recipe.write_text(text.replace("qk_norm: head", "qk_norm: head\n    sliding_window: 8"))
-    assert recipe.read_text() != text
-    out = tmp_path / "out"
-    done = run_python(TOOL, "--checkpoint", checkpoint, "--to", "megatron", "--output", out)
+    out, back = tmp_path / "out", tmp_path / "back"
+    windows = recipe_of("debug", "model.attention.sliding_window=8")
+    random_checkpoint(tmp_path / "windows", windows, small_tokenizer())
+    to = ("--to", "megatron", "--output", out)
+    done = run_python(TOOL, "--checkpoint", tmp_path / "windows", *to)
     assert done.returncode == USAGE and "model.attention.sliding_window is 8" in done.stderr
-    recipe.write_text(text)
-    done = run_python(TOOL, "--checkpoint", checkpoint, "--to", "megatron", "--output", out)
+    assert not out.exists()
+    random_checkpoint(tmp_path / "plain", recipe_of("debug"), small_tokenizer())
+    done = run_python(TOOL, "--checkpoint", tmp_path / "plain", *to)
     assert done.returncode == DONE, done.stderr
     (data,) = out.glob("iter_*/*.distcp")
     data.write_bytes(data.read_bytes()[:-1])
-    back = tmp_path / "back"
     done = run_python(TOOL, "--from", "megatron", out, "--output", back)
     assert done.returncode == BAD_CHECKPOINT and "cut off" in done.stderr
     assert not back.exists()
