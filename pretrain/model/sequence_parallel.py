@@ -10,12 +10,14 @@ gradient is summed over each token once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, library
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.library import custom_op
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,26 @@ class SequenceParallel:
         return received_PBnSX.movedim(0, 1).flatten(1, 2)
 
 
-@custom_op("pretrain::exchange_parts", mutates_args=())
+# Operators, so that compiled code and recomputation see the exchange as one. Not by ``custom_op``,
+# whose first call imports the compiler: four seconds of each start.
+library.define("pretrain::exchange_parts", "(Tensor parts_PX, str group_name) -> Tensor")
+library.define("pretrain::mean_of_ranks", "(Tensor x, str group_name) -> Tensor")
+
+
 def exchange_parts(parts_PX: Tensor, group_name: str) -> Tensor:
     """All-to-all of equal parts [P, ...]: part i of the result is what rank i had for this one."""
+    received_PX: Tensor = torch.ops.pretrain.exchange_parts(parts_PX, group_name)
+    return received_PX
+
+
+def mean_of_ranks(x: Tensor, group_name: str) -> Tensor:
+    """The mean of a tensor over a group; its gradient passes unchanged."""
+    mean: Tensor = torch.ops.pretrain.mean_of_ranks(x, group_name)
+    return mean
+
+
+@library.impl("pretrain::exchange_parts", "CompositeExplicitAutograd")
+def _exchange(parts_PX: Tensor, group_name: GroupName) -> Tensor:
     received_PX = torch.empty_like(parts_PX, memory_format=torch.contiguous_format)
     distributed.all_to_all_single(
         received_PX, parts_PX.contiguous(), group=_resolve_process_group(group_name)
@@ -68,22 +87,17 @@ def exchange_parts(parts_PX: Tensor, group_name: str) -> Tensor:
     return received_PX
 
 
-@exchange_parts.register_fake
-def _(parts_PX: Tensor, group_name: str) -> Tensor:
-    return torch.empty_like(parts_PX, memory_format=torch.contiguous_format)
-
-
-@custom_op("pretrain::mean_of_ranks", mutates_args=())
-def mean_of_ranks(x: Tensor, group_name: str) -> Tensor:
-    """The mean of a tensor over a group; its gradient passes unchanged."""
+@library.impl("pretrain::mean_of_ranks", "CompositeExplicitAutograd")
+def _mean(x: Tensor, group_name: GroupName) -> Tensor:
     group = _resolve_process_group(group_name)
     mean = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(mean, group=group)
     return mean.div_(group.size())
 
 
-@mean_of_ranks.register_fake
-def _(x: Tensor, group_name: str) -> Tensor:
+@library.register_fake("pretrain::exchange_parts")
+@library.register_fake("pretrain::mean_of_ranks")
+def _same_shape(x: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -91,9 +105,14 @@ def _keep_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     ctx.group_name = inputs[1]
 
 
-# What rank i got from here, its gradient brings back.
-exchange_parts.register_autograd(
+library.register_autograd(
+    "pretrain::exchange_parts",
+    # What rank i got from here, its gradient brings back.
     lambda ctx, gradient_PX: (exchange_parts(gradient_PX, ctx.group_name), None),
     setup_context=_keep_group,
 )
-mean_of_ranks.register_autograd(lambda ctx, gradient: (gradient, None), setup_context=_keep_group)
+library.register_autograd(
+    "pretrain::mean_of_ranks",
+    lambda ctx, gradient: (gradient, None),
+    setup_context=_keep_group,
+)
