@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def measure(lengths: list[int], sp_size: int) -> dict[str, int]:
     for length in lengths:
         recipe = recipe_of(length, sp_size)
         accumulation = check_topology(recipe, topology.world_size, 1)
-        origin = {"zero_optimization": {"stage": 1}}
+        # The default bucket, 2 GB in fp32, would be larger than the activations.
+        origin: JsonObject = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1_000_000}}
         ds_config = resolve_ds_config(
             origin, "the benchmark", recipe, "fp32", accumulation, topology.world_size
         )
@@ -115,24 +117,51 @@ def worker(options: argparse.Namespace) -> None:
     disconnect()
 
 
-def run_ranks(size: int, lengths: list[int], output: Path) -> dict[str, int]:
-    """Measure with ``size`` ranks that share each sequence."""
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    shared["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, __file__, "--worker", str(output), "--lengths", *map(str, lengths)]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in map(str, range(size))
-    ]
-    try:
-        if any(rank.wait() for rank in ranks):
-            raise SystemExit(f"a rank of {size} failed: see above")
-    finally:
-        for rank in ranks:
-            rank.kill()
-    found: dict[str, int] = json.loads(output.read_text())
-    output.unlink()
-    return found
+class Ranks:
+    """``size`` processes that share each sequence.
+
+    Args:
+        output: gets what they have measured.
+    """
+
+    def __init__(self, size: int, lengths: list[int], output: Path) -> None:
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        shared["MASTER_PORT"] = str(free_port())
+        command = [sys.executable, __file__, "--worker", str(output), "--lengths"]
+        self.output = output
+        self.processes = [
+            subprocess.Popen(
+                [*command, *map(str, lengths)],
+                env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            )
+            for rank in map(str, range(size))
+        ]
+
+    def peak_bytes(self) -> dict[str, int]:
+        """By length, when all have ended."""
+        if any(process.wait() for process in self.processes):
+            raise SystemExit(f"one of {len(self.processes)} ranks failed: see above")
+        found: dict[str, int] = json.loads(self.output.read_text())
+        return found
+
+
+def measure_all(sizes: list[int], tokens: list[int]) -> dict[int, dict[str, int]]:
+    """Peak bytes of a step by sp_size and length.
+
+    All sizes run at the same time: what the allocator gives out does not depend on others.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        started = {
+            size: Ranks(size, [count * size for count in tokens], Path(folder) / f"{size}.json")
+            for size in sizes
+        }
+        try:
+            progress = tqdm(started.items(), desc="sp_size", file=sys.stderr)
+            return {size: ranks.peak_bytes() for size, ranks in progress}
+        finally:
+            for ranks in started.values():
+                for process in ranks.processes:
+                    process.kill()
 
 
 def line_through(points: dict[str, int]) -> tuple[float, float]:
@@ -174,9 +203,9 @@ def parse_arguments() -> argparse.Namespace:
         "--tokens",
         type=int,
         nargs="+",
-        default=[512, 1024, 2048],
+        default=[256, 512, 1024],
         metavar="N",
-        help="of a rank; a sequence has as many times the ranks (default: 512 1024 2048)",
+        help="of a rank; a sequence has as many times the ranks (default: 256 512 1024)",
     )
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the curves")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -191,10 +220,8 @@ def main() -> int:
     if options.worker is not None:
         worker(options)
         return 0
-    output = Path(f"sequence_lengths.{os.getpid()}.json").resolve()
     sizes: JsonObject = {}
-    for size in tqdm(options.sizes, desc="sp_size", file=sys.stderr):
-        points = run_ranks(size, [count * size for count in options.tokens], output)
+    for size, points in measure_all(options.sizes, options.tokens).items():
         slope, rest = line_through(points)
         sizes[str(size)] = {"peak_bytes": points, "bytes_a_token": slope, "bytes_at_0": rest}
     first = sizes[str(options.sizes[0])]["bytes_a_token"]

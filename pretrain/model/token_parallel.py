@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, library
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.library import custom_op
 
 
 @dataclass(frozen=True)
@@ -89,60 +88,85 @@ def process_group(name: str) -> distributed.ProcessGroup:
     return group
 
 
-@custom_op("pretrain::exchange_parts", mutates_args=())
+# Operators, so that compiled code and recomputation see an exchange as one. Not by ``custom_op``,
+# whose first call imports the compiler: four seconds of each start.
+library.define("pretrain::exchange_parts", "(Tensor parts_PX, str group_name) -> Tensor")
+library.define("pretrain::mean_of_ranks", "(Tensor x, str group_name) -> Tensor")
+library.define("pretrain::gather_parts", "(Tensor x, str group_name) -> Tensor")
+library.define("pretrain::scatter_sums", "(Tensor parts_PX, str group_name) -> Tensor")
+
+
 def exchange_parts(parts_PX: Tensor, group_name: str) -> Tensor:
     """All-to-all of equal parts [P, ...]: part i of the result is what rank i had for this one."""
-    received_PX = torch.empty_like(parts_PX, memory_format=torch.contiguous_format)
+    received_PX: Tensor = torch.ops.pretrain.exchange_parts(parts_PX, group_name)
+    return received_PX
+
+
+def mean_of_ranks(x: Tensor, group_name: str) -> Tensor:
+    """The mean of a tensor over a group; its gradient passes unchanged."""
+    mean: Tensor = torch.ops.pretrain.mean_of_ranks(x, group_name)
+    return mean
+
+
+def gather_parts(x: Tensor, group_name: str) -> Tensor:
+    """All-gather: [...] of each rank -> [P, ...] on every rank."""
+    gathered_PX: Tensor = torch.ops.pretrain.gather_parts(x, group_name)
+    return gathered_PX
+
+
+def scatter_sums(parts_PX: Tensor, group_name: str) -> Tensor:
+    """Reduce-scatter: [P, ...] of each rank -> the sum over the ranks of this rank's part."""
+    total: Tensor = torch.ops.pretrain.scatter_sums(parts_PX, group_name)
+    return total
+
+
+@library.impl("pretrain::exchange_parts", "CompositeExplicitAutograd")
+def _exchange(parts_PX: Tensor, group_name: str) -> Tensor:
+    received_PX = _same_shape(parts_PX, group_name)
     group = process_group(group_name)
     distributed.all_to_all_single(received_PX, parts_PX.contiguous(), group=group)
     return received_PX
 
 
-@exchange_parts.register_fake
-def _(parts_PX: Tensor, group_name: str) -> Tensor:
-    return torch.empty_like(parts_PX, memory_format=torch.contiguous_format)
-
-
-@custom_op("pretrain::mean_of_ranks", mutates_args=())
-def mean_of_ranks(x: Tensor, group_name: str) -> Tensor:
-    """The mean of a tensor over a group; its gradient passes unchanged."""
+@library.impl("pretrain::mean_of_ranks", "CompositeExplicitAutograd")
+def _mean(x: Tensor, group_name: str) -> Tensor:
     group = process_group(group_name)
     mean = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(mean, group=group)
     return mean.div_(group.size())
 
 
-@mean_of_ranks.register_fake
-def _(x: Tensor, group_name: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@custom_op("pretrain::gather_parts", mutates_args=())
-def gather_parts(x: Tensor, group_name: str) -> Tensor:
-    """All-gather: [...] of each rank -> [P, ...] on every rank."""
-    group = process_group(group_name)
-    gathered = x.new_empty((group.size(), *x.shape))
+@library.impl("pretrain::gather_parts", "CompositeExplicitAutograd")
+def _gather(x: Tensor, group_name: str) -> Tensor:
+    gathered_PX = _gathered_shape(x, group_name)
     # gloo joins along a dimension that is there.
-    distributed.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
-    return gathered
+    distributed.all_gather_into_tensor(
+        gathered_PX.flatten(0, 1), x.contiguous(), group=process_group(group_name)
+    )
+    return gathered_PX
 
 
-@gather_parts.register_fake
-def _(x: Tensor, group_name: str) -> Tensor:
-    return x.new_empty((process_group(group_name).size(), *x.shape))
-
-
-@custom_op("pretrain::scatter_sums", mutates_args=())
-def scatter_sums(parts_PX: Tensor, group_name: str) -> Tensor:
-    """Reduce-scatter: [P, ...] of each rank -> the sum over the ranks of this rank's part."""
-    total = parts_PX.new_empty(parts_PX.shape[1:])
-    group = process_group(group_name)
-    distributed.reduce_scatter_tensor(total, parts_PX.flatten(0, 1).contiguous(), group=group)
+@library.impl("pretrain::scatter_sums", "CompositeExplicitAutograd")
+def _scatter(parts_PX: Tensor, group_name: str) -> Tensor:
+    total = _part_shape(parts_PX, group_name)
+    joined = parts_PX.flatten(0, 1).contiguous()
+    distributed.reduce_scatter_tensor(total, joined, group=process_group(group_name))
     return total
 
 
-@scatter_sums.register_fake
-def _(parts_PX: Tensor, group_name: str) -> Tensor:
+@library.register_fake("pretrain::exchange_parts")
+@library.register_fake("pretrain::mean_of_ranks")
+def _same_shape(x: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@library.register_fake("pretrain::gather_parts")
+def _gathered_shape(x: Tensor, group_name: str) -> Tensor:
+    return x.new_empty((process_group(group_name).size(), *x.shape))
+
+
+@library.register_fake("pretrain::scatter_sums")
+def _part_shape(parts_PX: Tensor, group_name: str) -> Tensor:
     return parts_PX.new_empty(parts_PX.shape[1:])
 
 
@@ -150,17 +174,16 @@ def _keep_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     ctx.group_name = inputs[1]
 
 
-# What rank i got from here, its gradient brings back.
-exchange_parts.register_autograd(
-    lambda ctx, gradient_PX: (exchange_parts(gradient_PX, ctx.group_name), None),
-    setup_context=_keep_group,
-)
-mean_of_ranks.register_autograd(lambda ctx, gradient: (gradient, None), setup_context=_keep_group)
-# Each is the other's gradient.
-gather_parts.register_autograd(
-    lambda ctx, gradient_PX: (scatter_sums(gradient_PX, ctx.group_name), None),
-    setup_context=_keep_group,
-)
-scatter_sums.register_autograd(
-    lambda ctx, gradient: (gather_parts(gradient, ctx.group_name), None), setup_context=_keep_group
-)
+for _name, _backward in (
+    # What rank i got from here, its gradient brings back.
+    ("exchange_parts", exchange_parts),
+    ("mean_of_ranks", lambda gradient, group_name: gradient),
+    # Each is the other's gradient.
+    ("gather_parts", scatter_sums),
+    ("scatter_sums", gather_parts),
+):
+    library.register_autograd(
+        f"pretrain::{_name}",
+        lambda ctx, gradient, backward=_backward: (backward(gradient, ctx.group_name), None),
+        setup_context=_keep_group,
+    )

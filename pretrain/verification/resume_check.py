@@ -271,6 +271,16 @@ def available_devices(on_cpu: bool) -> int:
     return torch.cuda.device_count()
 
 
+def _enough_devices(asked: Layout, on_cpu: bool) -> int:
+    """Return how many devices there are, at least one for each rank that is asked for if GPUs."""
+    devices = available_devices(on_cpu)
+    if not on_cpu and asked.world_size > devices:
+        raise ConfigError(
+            f"--world-size is {asked.world_size}, but there are {devices} GPUs here: add --cpu"
+        )
+    return devices
+
+
 def prove(request: Request, scratch: Path) -> Proof:
     """Load the checkpoint at both topologies, save it again, take the steps, and compare.
 
@@ -286,13 +296,8 @@ def prove(request: Request, scratch: Path) -> Proof:
     own = own_layout(folder)
     saved = saved_ds_config(folder)
     recipe = recipe_for(folder, request.overrides, own)
-    devices = available_devices(request.on_cpu)
     on_cpu = request.on_cpu or not torch.cuda.is_available()
-    if not on_cpu and request.asked.world_size > devices:
-        raise ConfigError(
-            f"--world-size is {request.asked.world_size}, but there are {devices} GPUs here: add "
-            "--cpu"
-        )
+    devices = _enough_devices(request.asked, on_cpu)
     asked_recipe = recipe_for(folder, request.overrides, request.asked)
     check_topology(asked_recipe, request.asked.world_size, request.asked.zero_stage)
     reference, why = reference_layout(own, request.asked, recipe, devices)

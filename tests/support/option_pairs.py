@@ -65,6 +65,7 @@ SETTINGS: dict[str, Values] = {
         },
     },
     "ep_size": {"1": [], "2": ["parallel.ep_size=2"]},
+    "sp_size": {"1": [], "2": ["parallel.sp_size=2"]},
     "zero": {"1": [], "0": [], "2": [], "3": []},  # in the ds_config, not in the recipe
 }
 

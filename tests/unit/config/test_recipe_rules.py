@@ -151,8 +151,42 @@ BROKEN = {
             "model.attention.num_attention_heads=6",
             "model.attention.num_key_value_heads=3",
         ],
-        ["sp_size (2) neither divides", "num_key_value_heads (3) nor is a multiple"],
+        ["sp_size (2) neither divides", "the 3 key heads of"],
         ["parallel.sp_size=3", "train.sequence_length=60"],
+    ),
+    "tensors_can_be_cut/layer": (
+        ["parallel.tp_size=2", "model.moe={kind: peer, product_key_sizes: [4, 4], query_dim: 8}"],
+        ["tp_size is 2", "no MoE layer of kind dropless or deepspeed"],
+        ["parallel={sp_size: 2, tp_size: 1}"],
+    ),
+    "tensors_can_be_cut/optimizer": (
+        ["parallel.tp_size=2", "optimizer={kind: muon, learning_rate: 0.001}"],
+        ["tp_size is 2", "optimizer.kind=muon"],
+        ["optimizer={kind: lion, learning_rate: 0.001}"],
+    ),
+    "tensors_can_be_cut/codes": (
+        ["parallel.tp_size=2", "optimizer={kind: adamw_8bit, learning_rate: 0.001}"],
+        ["tp_size is 2", "optimizer.kind=adamw_8bit"],
+        ["optimizer={kind: adamw, learning_rate: 0.001}"],
+    ),
+    "tensors_can_be_cut/norm": (
+        ["parallel.tp_size=2", "model.attention.qk_norm=full"],
+        ["tp_size is 2", "qk_norm=full"],
+        ["model.attention.qk_norm=head"],
+    ),
+    "tensors_can_be_cut/shared": (
+        [
+            "parallel.tp_size=4",
+            "model.moe.num_shared_experts=1",
+            "model.moe.shared_intermediate_size=30",
+        ],
+        ["tp_size is 4", "joint width of the shared experts (30)"],
+        ["model.moe.shared_intermediate_size=32"],
+    ),
+    "tensors_can_be_cut/vocabulary": (
+        ["parallel.tp_size=4", "model.vocab_size=130", "model.vocab_multiple=2"],
+        ["tp_size is 4", "model.vocab_multiple (2)"],
+        ["model.vocab_multiple=4"],
     ),
     "exchange_fits/rows": (
         ["model.moe.exchange=deepep", "model.moe.deduplicate=false", "parallel.ep_size=2"],
@@ -306,9 +340,17 @@ def test_the_length_of_each_phase_is_shared_evenly() -> None:
             ["parallel.sp_size=2"],
             3,
             1,
-            ["sp_size (2) does not divide the number of ranks (3)", "multiple of 2 ranks"],
+            [
+                "sp_size x tp_size (2) does not divide the number of ranks (3)",
+                "multiple of 2 ranks",
+            ],
         ),
-        (["parallel.sp_size=2"], 6, 1, ["micro_batch_size x ranks (2 x 6) / sp_size (2)"]),
+        (
+            ["parallel.sp_size=2"],
+            6,
+            1,
+            ["micro_batch_size x ranks (2 x 6) / those that share a sequence (2)"],
+        ),
         (NATIVE, 2, 3, ["ZeRO stage 3", "ds_configs/zero2.json", "model.moe.kind=dropless"]),
     ],
 )

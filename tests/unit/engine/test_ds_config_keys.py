@@ -153,7 +153,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"type": "Adam"}}, "owned by the recipe's 'optimizer'"),
     ({"scheduler": {"type": "WarmupLR"}}, "owned by the recipe's 'schedule'"),
     ({"pipeline": {"stages": 2}}, "no pipeline parallelism"),
-    ({"tensor_parallel": {"autotp_size": 2}}, "no tensor parallelism"),
+    ({"tensor_parallel": {"autotp_size": 2}}, "parallel.tp_size"),
     ({"sequence_parallel_size": 2}, "parallel.sp_size"),
     ({"seq_parallel_communication_data_type": "bf16"}, "parallel.sp_size"),
     ({"expert_parallel": {"enabled": True}}, "parallel.ep_size"),

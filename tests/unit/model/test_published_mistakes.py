@@ -51,7 +51,9 @@ def test_moe_fast_gpt_importance_is_that_of_the_chosen_experts() -> None:
         Routing(logits_TE, probs_TE, ids_TK, weights_TK),
         torch.tensor([8.0, 8, 0, 0]),
         torch.tensor([1.0, 1, 0, 0]),
+        probs_TE.mean(0),
         2,
+        lambda of_this_rank: of_this_rank,
     )
     assert cv_loss(batch).item() == pytest.approx(1.0, rel=1e-3)
     mean_E = probs_TE.mean(0)
@@ -65,8 +67,9 @@ def test_h64lm_z_loss_is_of_the_logsumexp() -> None:
         Routing(
             logits_TE, logits_TE.softmax(-1), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
         ),
-        *[torch.ones(8)] * 2,
+        *[torch.ones(8)] * 3,
         1,
+        lambda of_this_rank: of_this_rank,
     )
     assert z_loss(batch).item() == pytest.approx(0.0, abs=1e-10)
     assert logits_TE.square().mean() > 4

@@ -100,7 +100,10 @@ def test_tolerances_follow_precision_and_optimizer() -> None:
 
 
 def test_what_depends_on_a_ranks_tokens_is_another_one_at_another_sp_size() -> None:
-    for overrides in (["model.moe.router.jitter=0.1"], ["model.moe.kind=deepspeed"]):
+    for overrides in (
+        ["model.moe.router.jitter=0.1"],
+        ["model.moe.kind=deepspeed", "model.moe.gate=router"],
+    ):
         recipe = load_recipe("debug", ["train.precision=fp32", *overrides])
         assert tolerance_of(recipe).value == 1e-5
         assert "sp_size" in tolerance_of(recipe, other_parts=True).reason
