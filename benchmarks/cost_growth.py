@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """How the cost of a training step grows: experts, tokens, sequence, vocabulary, layers and ranks.
 
-Each point is a step of this project's engine (ZeRO 1; bf16, or fp32 on a CPU that emulates bf16) with
-the settings for CPUs, in processes of its own with one thread each: the median CPU seconds of a
-step, added up over its ranks, and the largest peak of resident memory. Along each axis all other sizes stay as they are;
-experts have equal active FLOPs, sequences and ranks equal tokens a step.
+Each point is a step of this project's engine (ZeRO 1; bf16, or fp32 on a CPU that emulates bf16)
+with the settings for CPUs, in processes of its own with one thread each: the median CPU seconds of
+a step, added up over its ranks, and the largest peak of resident memory. Along each axis all other
+sizes stay as they are; experts have equal active FLOPs, sequences and ranks equal tokens a step.
 
 Next to each point is a floor, measured in the same process:
 

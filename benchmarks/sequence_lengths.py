@@ -237,9 +237,9 @@ def main() -> int:
         "sp_sizes": sizes,
     }
     if options.json_path != "-":
-        for size, measured in sizes.items():
+        for name, measured in sizes.items():
             print(
-                f"sp_size {size}: {measured['bytes_a_token']:,.0f} bytes of activations a token on "
+                f"sp_size {name}: {measured['bytes_a_token']:,.0f} bytes of activations a token on "
                 f"each rank, {measured['tokens_in_the_same_memory']:.2f} times the tokens in the "
                 "same memory"
             )

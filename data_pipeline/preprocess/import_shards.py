@@ -111,16 +111,7 @@ def import_shards(
     }
     _check_files(shards, output)
     is_new = not output.folder.exists()
-    request = canonical_sha256(
-        {
-            "import": 1,
-            "tokenizer": tokenizer.sha256,
-            "special": [tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id],
-            "share": config.validation_share,
-        }
-        # Folders from before it are known without it.
-        | ({} if shares is None else {"split": list(shares)})
-    )
+    request = _request(tokenizer, config.validation_share, shares)
     identity = {"request_sha256": request, "inputs_sha256": _stamp(shards)}
     with (
         only_writer(output.folder, "choose another --output"),
@@ -147,6 +138,20 @@ def import_shards(
                 " at rest"
             )
         return _Import(jobs, records, tokenizer, output).publish(workspace, identity)
+
+
+def _request(tokenizer: Tokenizer, share: float, shares: tuple[float, ...] | None) -> str:
+    """The hash of what is asked for, apart from the shards."""
+    return canonical_sha256(
+        {
+            "import": 1,
+            "tokenizer": tokenizer.sha256,
+            "special": [tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id],
+            "share": share,
+        }
+        # Folders from before it are known without it.
+        | ({} if shares is None else {"split": list(shares)})
+    )
 
 
 def _shares_of(split: str | None, holds_out: bool) -> tuple[float, ...] | None:

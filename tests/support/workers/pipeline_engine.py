@@ -1,8 +1,8 @@
 """Trains our blocks by DeepSpeed's PipelineEngine, which the product does not use: what it can do.
 
 A case has "name", "stages" (of the pipeline), "ep_size", "zero", and optionally "own_groups"
-(False: DeepSpeed makes the expert groups alone) and "carried" (the router loss gives its gradient where it
-arises, and does not travel from stage to stage).
+(False: DeepSpeed makes the expert groups alone) and "carried" (the router loss gives its gradient
+where it arises, and does not travel from stage to stage).
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ BROKEN = {
         ["two are called 'a'"],
         ["phases.1.name=b"],
     ),
+    "phases_fit_megatrons_order": (
+        ["data.order=megatron", TWO, "phases.1.sequence_length=32"],
+        ["phases.b.sequence_length", "data.order=megatron"],
+        ["data.order=shuffled"],
+    ),
     "phases_fill_the_run": (
         [TWO, "phases.1.tokens=1"],
         ["take 2049 tokens", "train_tokens is 10240"],
