@@ -165,7 +165,7 @@ def analyze(recipe: Recipe, world_size: int) -> Analysis:
     train = recipe.train
     recipe = with_known_length(recipe)
     timeline = Timeline(recipe) if has_known_length(recipe) else None
-    size = model_size(model, train.sequence_length)
+    size = model_size(model, train.sequence_length, recipe.parallel.tp_size)
     precision = "bf16" if train.precision == "auto" else train.precision
     context = model.max_position_embeddings
     return {

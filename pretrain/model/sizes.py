@@ -12,6 +12,8 @@ from pretrain.core.accelerators import accelerator_of_device
 from pretrain.model.config import ModelConfig, below_feed_forward
 from pretrain.model.decoder import DecoderLM
 from pretrain.model.moe.config import Role
+from pretrain.model.tensor_shards import shard_of
+from pretrain.model.token_parallel import TensorParallel, TokenParts
 
 # What a parameter of an MoE layer belongs to; a residual expert sees every token as shared ones do.
 MOE_COMPONENTS = {
@@ -65,6 +67,9 @@ class ModelSize:
             routers or vectors.
         parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient
             (PEER).
+        cut_matrices, cut_others: those of ``parameters_matrices``, and of the others that every rank
+            has, of which ranks that share tensors have a part each.
+        tp_size: the number of these ranks.
         largest_tensor: elements of the largest tensor that is drawn or read at once when a model is
             built: a parameter, or of stacked experts one expert's.
         components: ``parameters_total`` by component; the block of multi-token prediction is one.
@@ -80,6 +85,9 @@ class ModelSize:
     parameters_sharded: int
     parameters_matrices: int
     parameters_rows: int
+    cut_matrices: int
+    cut_others: int
+    tp_size: int
     largest_tensor: int
     components: dict[str, int]
     components_active: dict[str, int]
@@ -91,7 +99,7 @@ class ModelSize:
         return self.parameters_total + self.parameters_padding
 
 
-def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
+def model_size(config: ModelConfig, sequence_length: int, tp_size: int = 1) -> ModelSize:
     """Count on the meta device: exact, and in seconds for any size.
 
     The model is built as one rank of many sees it, with a single routed expert per layer:
@@ -130,6 +138,9 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
     for component, numbers in padding.items():
         components[component] -= numbers
         active[component] -= numbers
+    # Last: it cuts the model.
+    vocabulary_products = _vocabulary_products(model)
+    cut_matrices, cut_others = _cut_parameters(model, tp_size)
     return ModelSize(
         parameters_total=sum(components.values()),
         parameters_active=sum(active.values()),
@@ -138,10 +149,13 @@ def model_size(config: ModelConfig, sequence_length: int) -> ModelSize:
         parameters_sharded=sharded,
         parameters_matrices=matrices,
         parameters_rows=experts if config.moe is not None and config.moe.has_tables else 0,
+        cut_matrices=cut_matrices,
+        cut_others=cut_others,
+        tp_size=tp_size,
         largest_tensor=largest,
         components=components,
         components_active=active,
-        flops_per_token=6.0 * (products + _vocabulary_products(model))
+        flops_per_token=6.0 * (products + vocabulary_products)
         + _attention_flops(config, sequence_length),
     )
 
@@ -153,6 +167,24 @@ def _component(name: str, config: ModelConfig) -> str:
     if outside is not None or role is None:
         return outside or next(one for one, found in PATTERNS.items() if found.search(name))
     return MOE_COMPONENTS[role]
+
+
+def _cut_parameters(model: DecoderLM, tp_size: int) -> tuple[int, int]:
+    """Elements of hidden matrices, and of others, of which each of ``tp_size`` ranks has a part."""
+    if tp_size == 1:
+        return 0, 0
+    # No group: nothing is computed.
+    model.share(TokenParts("", 0, tp_size), None, TensorParallel("", 0, tp_size))
+    matrices = others = 0
+    for name, parameter in model.named_parameters():
+        if shard_of(parameter) is None:
+            continue
+        elements = parameter.numel() * tp_size
+        if parameter.dim() > 1 and _component(name, model.config) not in OUTSIDE_BLOCKS:
+            matrices += elements
+        else:
+            others += elements
+    return matrices, others
 
 
 def _products_per_token(name: str, config: ModelConfig) -> int:

@@ -86,7 +86,7 @@ def check_world_size(world_size: int) -> None:
 def demand_of(config: ResolvedConfig, has_gpu: bool) -> Demand:
     """Return what a rank of a resolved run needs at least."""
     recipe = config.recipe
-    size = model_size(recipe.model, recipe.train.sequence_length)
+    size = model_size(recipe.model, recipe.train.sequence_length, recipe.parallel.tp_size)
     state = state_bytes_per_rank(
         size,
         recipe.train.precision,

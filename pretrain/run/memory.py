@@ -35,13 +35,9 @@ def state_bytes_per_rank(
         if optimizer.sparse_optimizer is not None:
             moments = optimizer.sparse_optimizer.matrix_state_bytes
         parts["optimizer"] += size.parameters_rows * moments / world_size
-    others, matrices, sharded = _trained(size, world_size, ep_size)
-    # Bytes of optimizer state an element.
-    for (count, replicas), state in (
-        (others, optimizer.other_state_bytes),
-        (matrices, optimizer.matrix_state_bytes),
-        (sharded, optimizer.matrix_state_bytes),
-    ):
+    for count, replicas, is_matrix in _trained(size, world_size, ep_size):
+        # Bytes of optimizer state an element.
+        state = optimizer.matrix_state_bytes if is_matrix else optimizer.other_state_bytes
         parts["weights"] += count * width / (replicas if zero_stage == 3 else 1)
         parts["gradients"] += count * width / (replicas if zero_stage >= 2 else 1)
         parts["optimizer"] += count * (state + master) / (replicas if zero_stage >= 1 else 1)
@@ -71,7 +67,7 @@ def start_bytes_per_rank(
     master = 0 if precision == "fp32" and zero_stage in (0, 3) else 4
     groups = [
         int(count * master / (replicas if zero_stage >= 1 else 1))
-        for count, replicas in _trained(size, world_size, ep_size)
+        for count, replicas, _ in _trained(size, world_size, ep_size)
     ]
     masters = sum(groups)
     if zero_stage == 3:
@@ -94,17 +90,21 @@ def _master_width(precision: str, zero_stage: int) -> int:
     return 0 if precision == "fp32" and zero_stage == 0 else 4
 
 
-def _trained(size: ModelSize, world_size: int, ep_size: int) -> list[tuple[float, float]]:
-    """Return elements that DeepSpeed trains on a rank, and the ranks that hold the same ones.
+def _trained(size: ModelSize, world_size: int, ep_size: int) -> list[tuple[float, float, bool]]:
+    """Return what DeepSpeed trains on a rank, by the ranks that hold the same.
 
-    Others than matrices, matrices that are on every rank, and experts.
+    Elements on this rank, how many ranks hold the same ones, and whether they are of matrices: what
+    is on every rank, the parts of what ranks share, and experts.
     """
     others = size.parameters_stored - size.parameters_sharded - size.parameters_matrices
     sharded = (size.parameters_sharded - size.parameters_rows) / ep_size
+    parts = size.tp_size
     return [
-        (others, world_size),
-        (size.parameters_matrices, world_size),
-        (sharded, world_size / ep_size),
+        (others - size.cut_others, world_size, False),
+        (size.parameters_matrices - size.cut_matrices, world_size, True),
+        (size.cut_others / parts, world_size / parts, False),
+        (size.cut_matrices / parts, world_size / parts, True),
+        (sharded, world_size / ep_size, True),
     ]
 
 

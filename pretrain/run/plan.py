@@ -131,7 +131,7 @@ def make_plan(
     recipe = config.recipe
     timeline = config.timeline
     precision = recipe.train.precision
-    size = model_size(recipe.model, recipe.train.sequence_length)
+    size = model_size(recipe.model, recipe.train.sequence_length, recipe.parallel.tp_size)
     # Phases do not change it: no parameter depends on batch or length.
     state_bytes = state_bytes_per_rank(
         size,

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.config.load import load_recipe
 from pretrain.core.shipped import recipe_names
 from pretrain.engine.ds_config import read_ds_config, resolve_ds_config
+from pretrain.model.decoder import DecoderLM
 from pretrain.model.feed_forward import SwiGLU
 from pretrain.model.moe.dropless import DroplessMoE
 from pretrain.model.sizes import ModelSize, cache_bytes, model_size
+from pretrain.model.token_parallel import TensorParallel, TokenParts
 from pretrain.optim.config import AdamWConfig
 from pretrain.run.memory import activation_bytes, state_bytes_per_rank
 from tests.support.paths import DS_CONFIGS
@@ -46,6 +49,7 @@ def test_the_pattern_says_which_layers_are_mixtures(pattern: str) -> None:
 
 
 SHARED = "model.moe.num_shared_experts=1"
+SHARED_AND_TIED = ("model.vocab_size=512", SHARED, "model.tie_word_embeddings=true")
 BIASED = (
     "model.feed_forward={kind: swiglu, bias: true}",
     "model.attention.bias=all",
@@ -234,6 +238,27 @@ def test_state_is_sharded_over_the_ranks_that_hold_the_same_weights(
     assert state_bytes_per_rank(size, precision, zero_stage, 4, 2, ADAMW)["total"] == pytest.approx(
         expected, abs=4
     )
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_a_rank_that_shares_tensors_holds_what_its_model_does(tp_size: int) -> None:
+    overrides = [*SHARED_AND_TIED, f"parallel.tp_size={tp_size}"]
+    recipe = load_recipe("debug", overrides)
+    with torch.device("meta"):
+        model = DecoderLM(recipe.model)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    model.share(TokenParts("", 1, tp_size), None, TensorParallel("", 1, tp_size))
+    held = sum(parameter.numel() for parameter in model.parameters())
+    size = model_size(recipe.model, 64, tp_size)
+    state = state_bytes_per_rank(size, "fp32", 0, tp_size, 1, recipe.optimizer)
+    assert held < 0.85 * whole
+    assert state["weights"] == 4 * held
+    # ZeRO 3 cuts everything: nothing is left to cut.
+    sharded = [
+        state_bytes_per_rank(each, "fp32", 3, tp_size, 1, recipe.optimizer)["total"]
+        for each in (size, model_size(recipe.model, 64))
+    ]
+    assert sharded[0] == pytest.approx(sharded[1], abs=4)
 
 
 def activations(*overrides: str) -> int:
