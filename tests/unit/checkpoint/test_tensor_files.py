@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint.tensor_files import TensorFileWriter, TensorReader
-from pretrain.checkpoint.tensor_headers import Range, TensorForm
+from pretrain.checkpoint.tensor_headers import Columns, Range, TensorForm
 from pretrain.core.errors import CheckpointError
 
 TENSORS = {
@@ -90,6 +92,68 @@ def test_shares_of_several_files_are_one_tensor(tmp_path: Path) -> None:
         assert torch.equal(reader.read_range("rows", start, stop), rows.flatten()[start:stop])
     with pytest.raises(IndexError):
         reader.read("rows", 5)
+
+
+def write_columns(
+    folder: Path, matrix: torch.Tensor, parts: Sequence[tuple[int, int, int, int]]
+) -> list[Path]:
+    """A file for each part: first column, number of columns, first and last of their elements."""
+    paths = []
+    for number, (first, count, start, stop) in enumerate(parts):
+        values = matrix[:, first : first + count].flatten()[start:stop]
+        place = Range(start, tuple(matrix.shape), Columns(first, count))
+        paths.append(folder / f"{number}")
+        forms = {"matrix": TensorForm(torch.float32, (len(values),))}
+        with TensorFileWriter(paths[-1], forms, {"matrix": place}) as file:
+            file.write("matrix", values)
+    return paths
+
+
+def test_columns_of_several_files_are_one_tensor(tmp_path: Path) -> None:
+    matrix = torch.randn(4, 6)
+    # Two columns and four, the latter cut inside a row.
+    paths = write_columns(tmp_path, matrix, [(2, 4, 0, 7), (0, 2, 0, 8), (2, 4, 7, 16)])
+    reader = TensorReader(paths)
+    assert reader.form("matrix") == TensorForm(torch.float32, (4, 6))
+    assert torch.equal(reader.read("matrix"), matrix)
+    assert all(torch.equal(reader.read("matrix", index), matrix[index]) for index in range(4))
+    for start, stop in combinations(range(25), 2):
+        assert torch.equal(reader.read_range("matrix", start, stop), matrix.flatten()[start:stop])
+    # In other columns than those of the files, and in the same ones.
+    for first, count in ((0, 3), (3, 3), (2, 4), (5, 1), (0, 6)):
+        wanted = matrix[:, first : first + count].flatten()
+        for start, stop in combinations(range(len(wanted) + 1), 2):
+            place = Range(start, (4, 6), Columns(first, count))
+            found = reader.read_part("matrix", place, stop - start)
+            assert torch.equal(found, wanted[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([(0, 3, 0, 12)], "12 of 24 elements"),
+        ([(3, 3, 0, 12)], "12 of 24 elements"),
+        ([(0, 3, 0, 12), (3, 3, 0, 11)], "23 of 24 elements"),
+        ([(0, 3, 0, 12), (3, 3, 1, 12)], "of 24 elements"),
+        ([(0, 3, 0, 12), (4, 2, 0, 8)], "of 24 elements"),
+        ([(0, 3, 0, 12), (2, 4, 0, 16)], "more than once"),
+        ([(0, 3, 0, 12), (3, 3, 0, 12), (3, 3, 0, 12)], "more than once"),
+        ([(0, 6, 0, 24), (3, 3, 0, 12)], "more than once"),
+    ],
+)
+def test_columns_that_are_missing_or_come_twice_are_refused(
+    parts: Sequence[tuple[int, int, int, int]], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        TensorReader(write_columns(tmp_path, torch.randn(4, 6), parts))
+
+
+@pytest.mark.parametrize("columns", [[-1, 3], [0], [0, 1, 2], "ab", [0, 10**30], [4, 3]])
+def test_columns_that_no_tensor_has_are_refused(columns: object, tmp_path: Path) -> None:
+    ranges = json.dumps({"matrix": [0, [4, 6], columns]})
+    save_file({"matrix": torch.ones(12)}, tmp_path / "file", {"ranges": ranges})
+    with pytest.raises(CheckpointError):
+        TensorReader([tmp_path / "file"])
 
 
 def test_the_hash_is_that_of_the_file_if_it_was_written_in_order(tmp_path: Path) -> None:
