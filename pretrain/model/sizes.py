@@ -67,8 +67,8 @@ class ModelSize:
             routers or vectors.
         parameters_rows: routed experts in tables of rows, trained in fp32 without a dense gradient
             (PEER).
-        cut_matrices, cut_others: those of ``parameters_matrices``, and of the others that every rank
-            has, of which ranks that share tensors have a part each.
+        cut_matrices, cut_others: of ``parameters_matrices``, and of the others that every rank has,
+            those of which ranks that share tensors have a part each.
         tp_size: the number of these ranks.
         largest_tensor: elements of the largest tensor that is drawn or read at once when a model is
             built: a parameter, or of stacked experts one expert's.
