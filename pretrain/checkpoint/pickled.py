@@ -12,7 +12,8 @@ import pickletools
 import re
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -53,6 +54,22 @@ RECALL = {"GET", "BINGET", "LONG_BINGET"}
 EXTEND = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
+@contextmanager
+def _only_allowed(classes: list[Any]) -> Iterator[None]:
+    """Let torch load these classes and its own: none that a library has registered meanwhile.
+
+    Megatron-Core registers ``argparse.Namespace``, which would take the place of a stand-in.
+    """
+    registered = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(classes):
+            yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(registered)
+
+
 def load_pickled(path: Path, stand_ins: Mapping[str, type] | None = None) -> JsonObject:
     """Return the dictionary in a file: tensors, numbers, strings and containers of them.
 
@@ -75,7 +92,7 @@ def load_pickled(path: Path, stand_ins: Mapping[str, type] | None = None) -> Jso
         # weights_only: a pickle may call any function. Files from before torch 1.6 are no archives,
         # and cannot be mapped.
         allowed: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
-        with torch.serialization.safe_globals(allowed):
+        with _only_allowed(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
         # torch raises RuntimeError, UnpicklingError, EOFError and more for damaged and dangerous

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.covering_rows import pairs_of
 from tests.support.model_kinds import CASES, registered
 from tests.support.option_pairs import (
     OWN,
@@ -26,7 +27,6 @@ from tests.support.option_pairs import (
     chosen_overrides,
     name_of,
     overrides_of,
-    pairs_of,
     possible_pairs,
     refusal,
     rows,
