@@ -229,7 +229,7 @@ def test_an_export_whose_logits_differ_is_not_published(trained: Trained, tmp_pa
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (("--from", "gguf", "x", "--output", "y"), "the formats are hf and deepspeed"),
+        (("--from", "gguf", "x", "--output", "y"), "the formats are hf, deepspeed, megatron"),
         (("--from", "hf", "x", "--to", "hf", "--output", "y"), "--from decides what"),
         (("--checkpoint", "x", "--output", "y"), "--checkpoint goes with --to"),
         (

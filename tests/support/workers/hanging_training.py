@@ -90,7 +90,7 @@ for entry in PAUSES:
     if entry["place"] == "save":
         CheckpointStore._write = sleep_before(CheckpointStore._write, entry["seconds"])
     elif entry["place"] == "packing":
-        build.prepare_packing = sleep_before(build.prepare_packing, entry["seconds"])
+        build.prepare_files = sleep_before(build.prepare_files, entry["seconds"])
 
 if __name__ == "__main__":
     run_command(pretrain.train.main)
