@@ -51,10 +51,10 @@ def parse_arguments() -> argparse.Namespace:
             f"--{name}-documents", type=int, default=count, metavar="N", help=f"(default: {count})"
         )
     parser.add_argument(
-        "--pair-share", type=float, default=0.5, help="of the words, in pairs (default: 0.5)"
+        "--pair-share", type=float, default=0.8, help="of the words, in pairs (default: 0.8)"
     )
     parser.add_argument(
-        "--max-keys", type=int, default=64, metavar="N", help="of a document (default: 64)"
+        "--max-keys", type=int, default=16, metavar="N", help="of a document (default: 16)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(

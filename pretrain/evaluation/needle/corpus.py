@@ -2,14 +2,14 @@
 
 A document is a row of filler words with pairs among them: a key with its value (associative recall,
 Arora et al. 2023). Each key has a value of its own in each document, so that only the document says
-which one, and every pair but the first of a key is a question. Keys are as frequent as Zipf's law
-has it, so that some are asked for soon, which is learned first, and others after a long while.
-Documents have the same number of tokens: a window of training that is as long is exactly one.
+which one, and every pair but the first of a key is a question. Documents have few keys or many: the
+few are asked for again soon, which is learned first, the many after a long while. Documents have the same number of tokens: a window of training that is as long is exactly one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,21 +34,23 @@ class Documents:
     Attributes:
         tokens: of each document, the one that ends it included.
         pair_share: of the words, those in pairs.
-        max_keys: of one document. The rest is for needles: they take a key that no word near
-            them has.
+        max_keys: of one document; the logarithm of their number is drawn evenly, from 2 on. The
+            rest is for needles: they take a key that no word near them has.
     """
 
     tokens: int
-    pair_share: float = 0.5
-    max_keys: int = 64
+    pair_share: float = 0.8
+    max_keys: int = 16
 
     def words(self, source: np.random.Generator) -> list[str]:
         """The words of one document, one fewer than it has tokens."""
-        keys = source.permutation(len(PAIR_KEYS))[: self.max_keys].tolist()
-        values = source.integers(len(PAIR_VALUES), size=self.max_keys).tolist()
+        fewest, share = min(2, self.max_keys), source.random()
+        count = math.floor(fewest ** (1 - share) * self.max_keys**share)
+        keys = source.permutation(len(PAIR_KEYS))[:count].tolist()
+        values = source.integers(len(PAIR_VALUES), size=count).tolist()
         # Drawn at once for all places, which is far faster than one by one.
         fillers = source.choice(len(FILLER_WORDS), self.tokens, p=zipf(len(FILLER_WORDS)))
-        chosen = source.choice(self.max_keys, self.tokens, p=zipf(self.max_keys))
+        chosen = source.integers(count, size=self.tokens)
         # A pair has two words, a word of filler is one.
         is_pair = source.random(self.tokens) < self.pair_share / (2 - self.pair_share)
         words: list[str] = []
