@@ -23,7 +23,8 @@ from typing import Any
 import psutil
 import torch
 
-from pretrain.checkpoint.layout import read_recipe, resolve_checkpoint
+from pretrain.checkpoint.layout import resolve_checkpoint
+from pretrain.config.load import load_recipe
 from pretrain.core.figures import save_figure
 from pretrain.evaluation.heldout.lengths import LengthOptions, score_checkpoint_lengths
 from pretrain.evaluation.needle.score import NeedleOptions, score_checkpoint_needles
@@ -34,9 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "long_context.json"
 TEXTS, DATA = Path("data/long_context_texts"), Path("data/long_context")
 LENGTHS = (128, 256, 512, 1024, 2048)
-YARN = "{kind: yarn, factor: 8, original_max_position_embeddings: 256, rope_theta: 1000}"
+YARN = "{kind: yarn, factor: 8, original_max_position_embeddings: 256, rope_theta: 10000}"
 # Runs that branch off after the first phase, and their positions in the second one.
-BRANCHES = {"same base": "{kind: rope, rope_theta: 1000}", "YaRN": YARN}
+BRANCHES = {"same base": "{kind: rope, rope_theta: 10000}", "YaRN": YARN}
 CPU = torch.device("cpu")
 
 
@@ -58,12 +59,13 @@ def checkpoints(runs: Path) -> tuple[dict[str, tuple[Path, str]], dict[str, floa
     seconds = {
         "corpus": run("tools/make_needle_corpus.py", "--output", TEXTS),
         "shards": run("tools/preprocess_data.py", "--recipe", "long_context"),
-        "training, base 10,000": pretrain(runs / "base"),
+        "training, base 80,000": pretrain(runs / "base"),
     }
     last = resolve_checkpoint(runs / "base" / "checkpoints" / "latest")
-    phase = read_recipe(last).phases[0]
-    assert phase.tokens is not None
-    steps = phase.tokens // read_recipe(last).train.tokens_per_step
+    recipe = load_recipe("long_context", [])
+    tokens = recipe.phases[0].tokens
+    assert tokens is not None
+    steps = tokens // recipe.train.tokens_per_step
     first = last.parent / f"step_{steps}"
     found = {
         "256 tokens only": (first, "trained"),
@@ -78,7 +80,7 @@ def checkpoints(runs: Path) -> tuple[dict[str, tuple[Path, str]], dict[str, floa
             resolve_checkpoint(folder / "checkpoints" / "latest"),
             "trained",
         )
-    found["+ 2,048, base 10,000"] = (last, "trained")
+    found["+ 2,048, base 80,000"] = (last, "trained")
     return found, seconds
 
 

@@ -3,7 +3,8 @@
 A document is a row of filler words with pairs among them: a key with its value (associative recall,
 Arora et al. 2023). Each key has a value of its own in each document, so that only the document says
 which one, and every pair but the first of a key is a question. Documents have few keys or many: the
-few are asked for again soon, which is learned first, the many after a long while. Documents have the same number of tokens: a window of training that is as long is exactly one.
+few are asked for again soon, which is learned first, the many after a long while. All documents
+have the same number of tokens: a window of training that is as long is exactly one.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pretrain.core.errors import BAD_DATA, DONE, IO_FAILED, USAGE
 from pretrain.evaluation.needle.score import NeedleOptions, score_checkpoint_needles
 from pretrain.model.positions.config import Rope
 from tests.support.long_context import (
+    LONG_STEPS,
     LONG_TOKENS,
     SHORT_STEPS,
     SHORT_TOKENS,
@@ -22,6 +23,7 @@ from tests.support.long_context import (
     make_long_context,
 )
 from tests.support.tiny_checkpoint import Trained, make_trained
+from tests.support.tiny_run import curve
 from tests.support.tool_runs import Done, run_here
 
 CPU = torch.device("cpu")
@@ -173,10 +175,28 @@ def test_the_corpus_is_not_written_twice_and_not_overwritten_in_silence(
         assert refused.returncode == USAGE and wrong[0] in refused.stderr
 
 
-def test_the_recipe_trains_both_phases_and_its_checkpoints_are_asked_for_pairs(
-    long_context: LongContext, tmp_path: Path
+@pytest.fixture(scope="module")
+def last(long_context: LongContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a run on one rank."""
+    return long_context.train(tmp_path_factory.mktemp("run") / "run")
+
+
+def test_ranks_that_share_sequences_train_the_recipe_as_one_does(
+    long_context: LongContext, last: Path, tmp_path: Path
 ) -> None:
-    last = long_context.train(tmp_path / "run")
+    long_context.train(tmp_path / "run", "parallel.sp_size=2", world_size=2)
+    alone, shared = (
+        {row["step"]: (row["phase"], row["loss"]) for row in curve(run) if row["kind"] == "train"}
+        for run in (last.parent.parent, tmp_path / "run")
+    )
+    assert len(alone) == SHORT_STEPS + LONG_STEPS and set(alone) == set(shared)
+    for step, (phase, loss) in alone.items():
+        assert shared[step] == (phase, pytest.approx(loss, rel=1e-5)), step
+
+
+def test_the_recipe_trains_both_phases_and_its_checkpoints_are_asked_for_pairs(
+    last: Path,
+) -> None:
     short = last.parent / f"step_{SHORT_STEPS}"
     thetas = []
     for checkpoint, length in ((short, SHORT_TOKENS), (last, LONG_TOKENS)):
