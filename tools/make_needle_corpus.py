@@ -54,7 +54,10 @@ def parse_arguments() -> argparse.Namespace:
         "--pair-share", type=float, default=0.8, help="of the words, in pairs (default: 0.8)"
     )
     parser.add_argument(
-        "--max-keys", type=int, default=16, metavar="N", help="of a document (default: 16)"
+        "--max-keys", type=int, default=16, metavar="N", help="of a short document (default: 16)"
+    )
+    parser.add_argument(
+        "--long-max-keys", type=int, default=64, metavar="N", help="of a long one (default: 64)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(
