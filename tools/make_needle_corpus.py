@@ -73,18 +73,20 @@ def settings_of(arguments: argparse.Namespace) -> JsonObject:
     Raises:
         ConfigError: for a number that gives no corpus.
     """
-    names = ("short_tokens", "short_documents", "long_tokens", "long_documents", "max_keys")
+    sizes = ("short_tokens", "short_documents", "long_tokens", "long_documents")
+    names = (*sizes, "max_keys", "long_max_keys")
     settings = {name: getattr(arguments, name) for name in names}
     if wrong := [name for name in names if settings[name] < (3 if name.endswith("tokens") else 1)]:
         raise ConfigError(
             f"--{wrong[0].replace('_', '-')} is {settings[wrong[0]]}: give 1 or more, and 3 tokens"
             " or more"
         )
-    if settings["max_keys"] >= len(PAIR_KEYS):
-        raise ConfigError(
-            f"--max-keys is {settings['max_keys']}: there are {len(PAIR_KEYS)} keys, and needles"
-            " need some of them; give fewer"
-        )
+    for name in ("max_keys", "long_max_keys"):
+        if settings[name] >= len(PAIR_KEYS):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {settings[name]}: there are {len(PAIR_KEYS)} keys,"
+                " and needles need some of them; give fewer"
+            )
     if not 0 < arguments.pair_share <= 1:
         raise ConfigError(f"--pair-share is {arguments.pair_share}: give a share above 0, up to 1")
     return {**settings, "pair_share": arguments.pair_share, "seed": arguments.seed}
@@ -102,9 +104,8 @@ def write_corpus(folder: Path, settings: JsonObject) -> None:
         (folder / SETTINGS).unlink(missing_ok=True)
         for name in ("short", "long"):
             count = settings[f"{name}_documents"]
-            kind = Documents(
-                settings[f"{name}_tokens"], settings["pair_share"], max_keys=settings["max_keys"]
-            )
+            max_keys = settings["max_keys" if name == "short" else "long_max_keys"]
+            kind = Documents(settings[f"{name}_tokens"], settings["pair_share"], max_keys)
             with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 texts = documents(kind, count, settings["seed"])
                 for text in tqdm(texts, total=count, desc=f"{name} documents", unit="document"):

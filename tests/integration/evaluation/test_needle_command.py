@@ -170,7 +170,12 @@ def test_the_corpus_is_not_written_twice_and_not_overwritten_in_silence(
         "make_needle_corpus.py", "--output", output, "--seed", "1", *sizes, "--overwrite"
     )
     assert other.returncode == DONE and (output / "short.jsonl").read_text() != before
-    for wrong in (("--short-tokens", "2"), ("--max-keys", "256"), ("--pair-share", "0")):
+    for wrong in (
+        ("--short-tokens", "2"),
+        ("--max-keys", "256"),
+        ("--long-max-keys", "128"),
+        ("--pair-share", "0"),
+    ):
         refused = run_here("make_needle_corpus.py", "--output", tmp_path / "new", *wrong)
         assert refused.returncode == USAGE and wrong[0] in refused.stderr
 
