@@ -68,7 +68,7 @@ def make_long_context(folder: Path) -> LongContext:
     """Build the corpus with the commands that a user types."""
     made = LongContext(folder, folder / "data")
     sizes = ("--short-tokens", SHORT_TOKENS, "--short-documents", 200, "--max-keys", 24)
-    sizes += ("--long-tokens", LONG_TOKENS, "--long-documents", 60)
+    sizes += ("--long-tokens", LONG_TOKENS, "--long-documents", 60, "--long-max-keys", 24)
     corpus = [TOOLS / "make_needle_corpus.py", "--output", folder / "texts", *sizes]
     shards = [TOOLS / "preprocess_data.py", *made.settings(folder / "unused")]
     for command in (corpus, shards):
